@@ -1,0 +1,144 @@
+"""load_config(schema, argv): dataclass defaults <- YAML file <- `key=value` arguments.
+
+Every command of the project reads its options here, so that a misspelt key, a wrong type, an
+illegal value or a missing required value is refused at once, by name, in one way everywhere.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import sys
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Schema = TypeVar("Schema")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what is legal."""
+
+
+def load_config(schema: type[Schema], argv: list[str] | None = None) -> Schema:
+    """Returns an instance of the dataclass `schema`, checked and complete.
+
+    argv: `config=path.yaml` (optional) and `section.key=value` overrides; None reads sys.argv.
+    `--help` prints every key with its type, default and meaning, and exits.
+    Raises ConfigError (unknown key, wrong type, illegal value, missing required key or file).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(describe(schema))
+        raise SystemExit(0)
+    words = [word for word in argv if "=" not in word]
+    if words:
+        raise ConfigError(f"cannot read {words[0]!r}: arguments are key=value; --help lists them")
+    path, overrides = None, []
+    for word in argv:
+        if word.startswith("config="):
+            path = Path(word.removeprefix("config="))
+        else:
+            overrides.append(word)
+    layers = [OmegaConf.structured(schema)]
+    if path is not None:
+        layers.append(_read_yaml(path))
+    layers.append(OmegaConf.from_dotlist(overrides))
+    for layer in layers[1:]:
+        _refuse_unknown(schema, OmegaConf.to_container(layer))
+    return _build(layers, path)
+
+
+def load_command_config(schema: type[Schema], argv: list[str] | None, usage: str) -> Schema:
+    """load_config for a command line: a ConfigError ends the program with one line, not a trace."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(textwrap.dedent(usage).strip() + "\n")
+    try:
+        return load_config(schema, argv)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def dump_config(config: Any) -> str:
+    """The resolved configuration as YAML text (what a run directory keeps)."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe(schema: type) -> str:
+    """All keys of a schema, one a line with type and default, and the sentence under each."""
+    lines = ["Options: config=FILE.yaml, then key=value. ??? marks a required one.", ""]
+    for key, kind, default, words in _walk(schema):
+        lines.append(f"  {key}={default}  ({kind})")
+        lines += textwrap.wrap(words, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        found = ", ".join(sorted(str(p) for p in folder.rglob("*.yaml"))) or "none"
+        raise ConfigError(f"config={path} does not exist; YAML files there: {found}")
+    return OmegaConf.load(path)
+
+
+def _build(layers: list[Any], path: Path | None) -> Any:
+    try:
+        merged = OmegaConf.merge(*layers)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            where = f"in {path} or " if path else ""
+            raise ConfigError(f"{', '.join(missing)} must be given: set {where}as {missing[0]}=…")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        raise ConfigError(f"{key}: {str(error.msg or error).splitlines()[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
+
+
+def _refuse_unknown(schema: type, given: Any, prefix: str = "") -> None:
+    fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(schema)
+    for key, value in (given or {}).items():
+        if key not in fields:
+            legal = [k for k, *_ in _walk(schema, prefix)]
+            close = difflib.get_close_matches(f"{prefix}{key}", legal, 1, 0.5)
+            close = close or difflib.get_close_matches(str(key), list(fields), 1, 0.5)
+            hint = f"did you mean {close[0]}?" if close else f"legal: {', '.join(fields)}"
+            raise ConfigError(f"unknown key {prefix}{key}; {hint}")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            _refuse_unknown(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
+
+
+def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, str, str, str]]:
+    """Yields (full key, type, default, meaning) for every leaf of a dataclass tree."""
+    hints, words = typing.get_type_hints(schema), _field_docs(schema)
+    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _walk(typing.cast(type, hint), f"{prefix}{field.name}.")
+            continue
+        default: Any = field.default
+        if default is dataclasses.MISSING:
+            factory = field.default_factory
+            default = factory() if factory is not dataclasses.MISSING else "???"
+        kind = str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__
+        yield f"{prefix}{field.name}", kind, str(default), words.get(field.name, "")
+
+
+def _field_docs(schema: type) -> dict[str, str]:
+    """The string literal that follows each field in the class body, as one line."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(schema)))
+    body = typing.cast(ast.ClassDef, tree.body[0]).body
+    docs = {}
+    for field, after in zip(body, body[1:], strict=False):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[field.target.id] = " ".join(str(after.value.value).split())
+    return docs

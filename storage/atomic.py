@@ -1,0 +1,87 @@
+"""Files that exist whole or not at all: write under another name, flush to disk, rename."""
+
+import glob
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from storage.fingerprint import fingerprint
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed and renamed onto `path`."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary directory; on success it becomes `path` by one rename.
+
+    The temporary lies in the hidden folder `.staging` beside `path`, under a name of its own for
+    every writer. When `path` has been made in the meantime, that one stays and ours is dropped.
+    Temporaries that killed writers of the same `path` left are removed at the end.
+    """
+    staging = path.parent / ".staging"
+    temporary = staging / f"{path.name}.{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary, topdown=False):
+            for name in files:
+                flush(Path(folder) / name)
+            flush(Path(folder))
+        with suppress(OSError):
+            os.rename(temporary, path)
+        if not path.is_dir():
+            raise OSError(f"cannot write {path}: a file of that name is in the way")
+        flush(path.parent)
+    finally:
+        for stale in [temporary, *staging.glob(f"{glob.escape(path.name)}.{'?' * 32}")]:
+            shutil.rmtree(stale, ignore_errors=True)
+        with suppress(OSError):
+            staging.rmdir()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value` atomically, with the digest of its content under the key "digest"."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json_text(value))
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """Indented JSON of `value` plus its digest, the form read_json checks."""
+    return json.dumps({**value, "digest": fingerprint(value)}, indent=1) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what write_json wrote. Raises ValueError naming the file when a byte has changed."""
+    try:
+        value = json.loads(path.read_bytes())
+        digest = value.pop("digest")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; restore it or encode it again") from None
+    if digest != fingerprint(value):
+        raise ValueError(f"{path} is damaged: its digest does not match its content")
+    return value
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

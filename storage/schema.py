@@ -1,0 +1,138 @@
+"""What a token store is: store.json as dataclasses, and the columns of a row.
+
+STORE/store.json                      StoreMeta: written once, never changed
+STORE/shards/NAME/manifest.json       rows, files with sha256, chunk checksums
+STORE/shards/NAME/codes.zarr|.arrow   one file (or Zarr array) an array column: (rows, ...) integers
+STORE/shards/NAME/rows.parquet        everything else of a row, TABLE_SCHEMA
+STORE/shards/NAME/skipped.parquet     rejected samples, SKIPPED_SCHEMA; only where there are any
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from storage.atomic import read_json, write_json
+from storage.fingerprint import fingerprint
+
+SCHEMA_VERSION = 1
+Backend = Literal["zarr", "arrow"]
+
+TABLE_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),  # unique within its source
+        pa.field("class_id", pa.int32()),
+        pa.field("caption", pa.string()),
+        pa.field("original_height", pa.int32()),  # pixels, after EXIF rotation
+        pa.field("original_width", pa.int32()),
+        pa.field("crop_top", pa.float32()),  # the crop box, in pixels of the original
+        pa.field("crop_left", pa.float32()),
+        pa.field("crop_height", pa.float32()),
+        pa.field("crop_width", pa.float32()),
+        pa.field("view", pa.int16()),  # 0 = centre crop
+        pa.field("source", pa.string()),  # the input shard
+    ]
+)
+SKIPPED_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("key", "source", "reason")]
+)
+
+
+class StoreMismatch(ValueError):
+    """A store does not hold what was asked of it; the message names the differing field."""
+
+
+@dataclass
+class ArrayColumn:
+    """A column of fixed-size rows: `dtype` (numpy name) and the shape of one row."""
+
+    dtype: str
+    shape: list[int]
+
+
+@dataclass
+class Tokenizer:
+    """Which VQ model made a column of codes."""
+
+    name: str
+    class_name: str
+    codebook_size: int
+    grid: list[int]  # [h, w]
+    fingerprint: str  # storage.pretrained.model_fingerprint
+
+
+@dataclass
+class StoreMeta:
+    """store.json. `transform` says how pixels were made; `fingerprint` covers it and the codes."""
+
+    resolution: int
+    arrays: dict[str, ArrayColumn]
+    tokenizers: dict[str, Tokenizer]
+    transform: dict[str, Any] = field(default_factory=dict)
+    backend: Backend = "zarr"
+    chunk_rows: int = 1024
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything the codes depend on (not of backend or chunk size)."""
+        content = dataclasses.asdict(self)
+        return fingerprint({k: v for k, v in content.items() if k not in ("backend", "chunk_rows")})
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "fingerprint": self.fingerprint}
+
+
+def codes_dtype(codebook_size: int) -> str:
+    """The smallest unsigned dtype for codes in [0, codebook_size): uint16 or uint32."""
+    return "uint16" if codebook_size <= 2**16 else "uint32"
+
+
+def write_meta(path: Path, meta: StoreMeta) -> None:
+    """Writes STORE/store.json atomically."""
+    write_json(path / "store.json", meta.to_json())
+
+
+def read_meta(path: Path) -> StoreMeta:
+    """Reads STORE/store.json. Raises FileNotFoundError or ValueError (damaged, newer version)."""
+    if not (path / "store.json").is_file():
+        raise FileNotFoundError(f"{path} is not a token store (no store.json); muse-tokenize makes one")
+    content = read_json(path / "store.json")
+    version = content["schema_version"]
+    if version > SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema version {version}; this code reads up to {SCHEMA_VERSION}")
+    content.pop("fingerprint")
+    content["arrays"] = {k: ArrayColumn(**v) for k, v in content["arrays"].items()}
+    content["tokenizers"] = {k: Tokenizer(**v) for k, v in content["tokenizers"].items()}
+    return StoreMeta(**content)
+
+
+def first_difference(ours: StoreMeta, theirs: StoreMeta) -> str | None:
+    """The first field in which two metas differ, as `name: ours != theirs`, or None."""
+    a, b = _flatten(ours.to_json()), _flatten(theirs.to_json())
+    for key in [key for key in sorted(a | b) if key != "fingerprint"]:
+        if a.get(key) != b.get(key):
+            return f"{key}: {a.get(key)!r} != {b.get(key)!r}"
+    return None
+
+
+def check_codes(codes: np.ndarray, column: ArrayColumn, codebook_size: int | None) -> np.ndarray:
+    """Codes as the column's dtype. Raises ValueError for another shape or a code out of range."""
+    if list(codes.shape[1:]) != column.shape:
+        raise ValueError(f"rows of shape {list(codes.shape[1:])}, the store holds {column.shape}")
+    if codebook_size and codes.size and not 0 <= codes.min() <= codes.max() < codebook_size:
+        found = f"{codes.min()}..{codes.max()}"
+        raise ValueError(f"codes in {found}, the codebook has [0, {codebook_size})")
+    return np.ascontiguousarray(codes, dtype=column.dtype)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
