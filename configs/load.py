@@ -64,6 +64,27 @@ def load_command_config(schema: type[Schema], argv: list[str] | None, usage: str
         raise SystemExit(f"error: {error}") from None
 
 
+def open_section(schema: type) -> Any:
+    """A dict field that holds some of `schema`'s keys: checked like a section, completed later.
+
+    For sections whose other values follow from data (the transformer's from the store).
+    """
+    return dataclasses.field(default_factory=dict, metadata={"schema": schema})
+
+
+def build_section(schema: type[Schema], given: dict[str, Any], prefix: str) -> Schema:
+    """An open section's keys as an instance of its schema. Raises ConfigError."""
+    _refuse_unknown(schema, given, f"{prefix}.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        return typing.cast(Any, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = f"{prefix}.{getattr(error, 'full_key', '')}"
+        raise ConfigError(f"{key}: {str(error.msg or error).splitlines()[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{prefix}: {error}") from None
+
+
 def dump_config(config: Any) -> str:
     """The resolved configuration as YAML text (what a run directory keeps)."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -111,15 +132,16 @@ def _refuse_unknown(schema: type, given: Any, prefix: str = "") -> None:
             close = close or difflib.get_close_matches(str(key), list(fields), 1, 0.5)
             hint = f"did you mean {close[0]}?" if close else f"legal: {', '.join(fields)}"
             raise ConfigError(f"unknown key {prefix}{key}; {hint}")
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
-            _refuse_unknown(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
+        section = fields[key].metadata.get("schema", hints[key])
+        if dataclasses.is_dataclass(section) and isinstance(value, dict):
+            _refuse_unknown(typing.cast(type, section), value, f"{prefix}{key}.")
 
 
 def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, str, str, str]]:
     """Yields (full key, type, default, meaning) for every leaf of a dataclass tree."""
     hints, words = typing.get_type_hints(schema), _field_docs(schema)
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
-        hint = hints[field.name]
+        hint = field.metadata.get("schema", hints[field.name])
         if dataclasses.is_dataclass(hint):
             yield from _walk(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue

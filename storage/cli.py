@@ -1,8 +1,8 @@
 """muse-store: look into a token store and check it (`python -m storage.cli` is the same).
 
-    muse-store info STORE            what it holds, from the manifests
-    muse-store verify STORE          reads every byte; exit status 1 when anything is damaged
-    muse-store stats STORE           codebook usage, perplexity, classes; also as STORE/stats.png
+muse-store info STORE            what it holds, from the manifests
+muse-store verify STORE          reads every byte; exit status 1 when anything is damaged
+muse-store stats STORE           codebook usage, perplexity, classes; also as STORE/stats.png
 """
 
 import argparse

@@ -99,12 +99,20 @@ def write_meta(path: Path, meta: StoreMeta) -> None:
 def read_meta(path: Path) -> StoreMeta:
     """Reads STORE/store.json. Raises FileNotFoundError or ValueError (damaged, newer version)."""
     if not (path / "store.json").is_file():
-        raise FileNotFoundError(f"{path} is not a token store (no store.json); muse-tokenize makes one")
-    content = read_json(path / "store.json")
+        raise FileNotFoundError(
+            f"{path} is not a token store (no store.json); muse-tokenize makes one"
+        )
+    return meta_from_json(read_json(path / "store.json"))
+
+
+def meta_from_json(content: dict[str, Any]) -> StoreMeta:
+    """StoreMeta.to_json backwards. Raises ValueError for a version newer than this code."""
     version = content["schema_version"]
     if version > SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema version {version}; this code reads up to {SCHEMA_VERSION}")
-    content.pop("fingerprint")
+        raise ValueError(
+            f"schema version {version}; this code reads up to {SCHEMA_VERSION}: update"
+        )
+    content = {key: value for key, value in content.items() if key != "fingerprint"}
     content["arrays"] = {k: ArrayColumn(**v) for k, v in content["arrays"].items()}
     content["tokenizers"] = {k: Tokenizer(**v) for k, v in content["tokenizers"].items()}
     return StoreMeta(**content)

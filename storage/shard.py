@@ -62,9 +62,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json(folder / MANIFEST)
 
 
-def read_array(
-    folder: Path, meta: StoreMeta, manifest: dict[str, Any], column: str
-) -> np.ndarray:
+def read_array(folder: Path, meta: StoreMeta, manifest: dict[str, Any], column: str) -> np.ndarray:
     """An array column (rows, ...), every chunk checked against the manifest.
 
     Raises ValueError naming the file (and the rows) when any bit of it has changed.
@@ -107,7 +105,9 @@ def verify_shard(folder: Path) -> list[str]:
         elif path.stat().st_size != wanted["bytes"] or file_sha256(path) != wanted["sha256"]:
             problems.append(f"{path} is damaged: its sha256 is not the manifest's")
     extra = {str(path.relative_to(folder)) for path in shard_files(folder)}
-    problems += [f"{folder / name} is not in the manifest" for name in extra - set(manifest["files"])]
+    problems += [
+        f"{folder / name} is not in the manifest" for name in extra - set(manifest["files"])
+    ]
     return problems
 
 

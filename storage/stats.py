@@ -73,7 +73,9 @@ def draw_stats(store: TokenStore, path: Path) -> None:
         panel.fill_between(np.arange(len(counts)), counts / max(1, counts.sum()), step="mid")
         panel.axhline(1 / len(counts), color="0.4", lw=0.8, ls="--", label="uniform")
         panel.set(xlabel="code, by rank", ylabel="share of all codes", yscale="log")
-        panel.set_title(f"{column}: {usage['used']}/{len(counts)} used, ppl {usage['perplexity']:.0f}")
+        panel.set_title(
+            f"{column}: {usage['used']}/{len(counts)} used, ppl {usage['perplexity']:.0f}"
+        )
         panel.legend(frameon=False)
     classes = class_histogram(store)
     panels[-1].bar(list(classes), list(classes.values()), width=0.9)

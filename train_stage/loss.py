@@ -1,0 +1,107 @@
+"""Losses and the diagnostics that go with them: logits + labels -> scalar.
+
+-100 in labels marks what is not scored. B batch, N codes, V outputs, M scored codes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100
+BUCKETS = 10  # of the share of masked codes: (0, .1], (.1, .2], … (.9, 1]
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weight: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy over scored codes; logits (B, N, V), labels (B, N).
+
+    weight (B, N): sum(loss * weight) / sum(weight) over *all* codes, as published.
+    """
+    flat = (logits.flatten(0, -2), labels.flatten())
+    if weight is None:
+        return F.cross_entropy(*flat, ignore_index=IGNORE, label_smoothing=label_smoothing)
+    losses = F.cross_entropy(
+        *flat, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="none"
+    )
+    return (losses * weight.flatten()).sum() / weight.sum()
+
+
+def soft_target_cross_entropy(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:
+    """Cross-entropy against distributions: soft_targets (B, N, K), averaged over scored codes.
+
+    With one more position in `labels` than in `soft_targets` the first is the class token and is
+    dropped. (The reference always drops position 0, which loses a code of unconditional models.)
+    """
+    extra = labels.shape[1] - soft_targets.shape[1]
+    if extra not in (0, 1):
+        raise ValueError(f"{labels.shape[1]} labels for {soft_targets.shape[1]} soft targets")
+    logits, labels = logits[:, extra:, : soft_targets.shape[-1]], labels[:, extra:]
+    losses = -(soft_targets * F.log_softmax(logits, dim=-1)).sum(-1)  # (B, N)
+    scored = labels != IGNORE
+    return (losses * scored).sum() / scored.sum()
+
+
+class MaskedLoss(nn.Module):
+    """The training path: hidden states -> head on scored positions only -> losses.
+
+    A module of its own so that DistributedDataParallel can wrap it; holds the model, no weights.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0):
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **condition: Tensor) -> dict[str, Tensor]:
+        """{"losses": (M,) smoothed, "plain": (M,) unsmoothed, "correct": (M,)}, row by row."""
+        scored = labels != IGNORE  # (B, T)
+        hidden = self.model.hidden_states(input_ids, **condition)
+        if hidden.shape[1] == labels.shape[1]:
+            logits = self.model.logits(hidden[scored])  # (M, V)
+        else:  # codes grouped into patches: the head needs the whole grid
+            logits = self.model.logits(hidden)[scored]
+        logits, targets = logits.float(), labels[scored]
+        losses = F.cross_entropy(
+            logits, targets, label_smoothing=self.label_smoothing, reduction="none"
+        )
+        with torch.no_grad():
+            plain = F.cross_entropy(logits, targets, reduction="none")
+            correct = logits.argmax(-1) == targets
+        return {"losses": losses, "plain": plain, "correct": correct}
+
+
+def masked_buckets(input_ids: Tensor, mask_id: int) -> Tensor:
+    """The bucket (0..9) of each row by its share of masked ids: (B, N) -> (B,) int64."""
+    return bucket_of((input_ids == mask_id).float().mean(-1))
+
+
+def bucket_of(share: Tensor) -> Tensor:
+    """Shares in (0, 1] -> bucket index 0..9; a share on an edge belongs to the lower bucket."""
+    edges = torch.arange(1, BUCKETS, device=share.device) / BUCKETS
+    return torch.bucketize(share, edges)
+
+
+def entropy_by_bucket(logits: Tensor, input_ids: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """Mean entropies (nats) in each bucket of masked share: two (10,) tensors, 0 where empty.
+
+    First: of each masked code's distribution, averaged over the codes of an image. Second: of the
+    image's average distribution. A wide gap means that codes disagree about what comes.
+    """
+    masked = (input_ids == mask_id).unsqueeze(-1)  # (B, N, 1)
+    probabilities = logits.softmax(-1)
+    count = masked.sum((1, 2)).clamp(min=1)
+    by_code = (_entropy(probabilities) * masked.squeeze(-1)).sum(-1) / count  # (B,)
+    by_image = _entropy((probabilities * masked).sum(1) / count.unsqueeze(-1))  # (B,)
+    bucket = masked_buckets(input_ids, mask_id)
+    return mean_by_bucket(by_code, bucket), mean_by_bucket(by_image, bucket)
+
+
+def mean_by_bucket(values: Tensor, bucket: Tensor) -> Tensor:
+    """Mean of values (B,) in each of the ten buckets; 0 where there are none."""
+    total = torch.zeros(BUCKETS, dtype=values.dtype, device=values.device)
+    total = total.index_add(0, bucket, values)
+    return total / torch.bincount(bucket, minlength=BUCKETS).clamp(min=1)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -(probabilities * probabilities.clamp(min=1e-20).log()).sum(-1)

@@ -1,0 +1,145 @@
+"""One optimizer step's masked batch and its loss, the same for any number of processes.
+
+Masks and dropped conditions are drawn for the whole global batch from (seed, step), then sliced;
+the loss is a sum over this process's codes divided by the count over all. Nothing but (seed,
+step) decides what is random, so a resumed run needs no generator state.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from train_stage.config import TrainingConfig
+from train_stage.loader import Batch
+from train_stage.loss import BUCKETS, IGNORE, bucket_of
+from train_stage.mask_schedule import Schedule
+from train_stage.masking import apply_mask, class_tokens, draw_mask, prepend_token
+from train_stage.order import hash_words
+from train_stage.transformer import MaskGitTransformer
+
+MASKS, DROPOUT = 1, 2  # names of the random streams of a step
+
+
+@dataclass
+class MaskedBatch:
+    """input_ids, labels (b, T) of this process, and how many codes are scored over all of them."""
+
+    input_ids: Tensor
+    labels: Tensor
+    scored: int  # in the global batch
+
+    def split(self, passes: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(input_ids, labels) of each forward pass."""
+        yield from zip(self.input_ids.chunk(passes), self.labels.chunk(passes), strict=True)
+
+
+def mask_batch(
+    batch: Batch,
+    model: MaskGitTransformer,
+    config: TrainingConfig,
+    schedule: Schedule,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> MaskedBatch:
+    """Hides codes of a batch and adds the class token, dropped with cond_dropout_prob."""
+    share, length = batch.codes.shape
+    rows = share * world_size
+    generator = torch.Generator(device).manual_seed(stream_seed(config.seed, batch.step, MASKS))
+    draw = draw_mask(
+        rows,
+        length,
+        schedule,
+        generator,
+        config.min_masking_rate,
+        config.mask_contiguous_region_prob,
+        rng=random.Random(generator.initial_seed()),
+    )
+    dropped = torch.rand(rows, generator=generator, device=device) < config.cond_dropout_prob
+    mine = slice(rank * share, (rank + 1) * share)
+    codes = batch.codes.to(device, non_blocking=True)
+    input_ids, labels = apply_mask(codes, draw.mask[mine], model.mask_token_id)
+    if model.config.num_classes:
+        class_ids = batch.class_ids.to(device, non_blocking=True)
+        size, mask_id = model.config.codebook_size, model.mask_token_id
+        token = class_tokens(class_ids, dropped[mine], size, mask_id)
+        input_ids, labels = prepend_token(input_ids, labels, token)
+    return MaskedBatch(input_ids, labels, int(draw.mask.sum()))  # .sum(): one sync a step on a GPU
+
+
+def backward(
+    loss_module: nn.Module, batch: MaskedBatch, passes: int, accelerator: Accelerator
+) -> "Sums":
+    """Forward and backward of this process's batch in `passes` parts; returns its loss sums.
+
+    DistributedDataParallel averages gradients over processes, hence the factor num_processes.
+    """
+    sums = Sums.zeros(batch.input_ids.device)
+    scale = accelerator.num_processes / batch.scored
+    for index, (input_ids, labels) in enumerate(batch.split(passes)):
+        more_to_come = index < passes - 1
+        with accelerator.no_sync(loss_module) if more_to_come else nullcontext():
+            out = loss_module(input_ids, labels)
+            accelerator.backward(out["losses"].sum() * scale)
+        sums.add(out, labels)
+    return sums
+
+
+@dataclass
+class Sums:
+    """Running sums for the log, kept on the device so that no step waits for them."""
+
+    loss: Tensor  # () what is minimised (smoothed)
+    plain: Tensor  # () cross-entropy in nats
+    correct: Tensor  # ()
+    bucket_loss: Tensor  # (10,) cross-entropy by share of masked codes
+    bucket_count: Tensor  # (10,)
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> "Sums":
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        tens = torch.zeros(BUCKETS, dtype=torch.float64, device=device)
+        return cls(zero, zero.clone(), zero.clone(), tens, tens.clone())
+
+    def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
+        """Adds one forward pass: MaskedLoss's output and the labels (b, T) it scored."""
+        scored = labels != IGNORE
+        share = scored.sum(-1) / max(1, int(labels.shape[-1]))
+        bucket = bucket_of(share).unsqueeze(-1).expand_as(labels)[scored]  # (M,)
+        plain = out["plain"].detach().double()
+        self.loss += out["losses"].detach().sum()
+        self.plain += plain.sum()
+        self.correct += out["correct"].sum()
+        self.bucket_loss.index_add_(0, bucket, plain)
+        self.bucket_count.index_add_(0, bucket, torch.ones_like(plain))
+
+    def merge(self, other: "Sums") -> None:
+        """Adds another's sums."""
+        for name, value in vars(other).items():
+            getattr(self, name).add_(value)
+
+    def flat(self) -> Tensor:
+        """All sums as one vector, for one all-reduce and one copy to the host."""
+        return torch.cat([value.reshape(-1) for value in vars(self).values()])
+
+
+def describe_sums(flat: list[float]) -> dict[str, float]:
+    """Metrics from Sums.flat(), summed over processes: loss, accuracy, loss by bucket (nats)."""
+    loss, plain, correct = flat[:3]
+    bucket_loss, bucket_count = flat[3 : 3 + BUCKETS], flat[3 + BUCKETS :]
+    count = max(1.0, sum(bucket_count))
+    metrics = {"loss": loss / count, "cross_entropy": plain / count, "accuracy": correct / count}
+    for index, (total, number) in enumerate(zip(bucket_loss, bucket_count, strict=True)):
+        if number:
+            metrics[f"loss_masked_{10 * index}_{10 * (index + 1)}"] = total / number
+    return metrics
+
+
+def stream_seed(seed: int, step: int, *stream: int) -> int:
+    """The seed of one random stream of one step."""
+    return int(hash_words(seed, step, *stream)) >> 1  # 63 bits, as torch takes
