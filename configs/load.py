@@ -76,13 +76,11 @@ def build_section(schema: type[Schema], given: dict[str, Any], prefix: str) -> S
     """An open section's keys as an instance of its schema. Raises ConfigError."""
     _refuse_unknown(schema, given, f"{prefix}.")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
-        return typing.cast(Any, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        key = f"{prefix}.{getattr(error, 'full_key', '')}"
-        raise ConfigError(f"{key}: {str(error.msg or error).splitlines()[0]}") from None
+        return typing.cast(Any, OmegaConf.to_object(_merge_section(schema, given, prefix)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{prefix}: {error}") from None
+        raise (
+            error if isinstance(error, ConfigError) else ConfigError(f"{prefix}: {error}")
+        ) from None
 
 
 def dump_config(config: Any) -> str:
@@ -114,7 +112,10 @@ def _build(layers: list[Any], path: Path | None) -> Any:
         if missing:
             where = f"in {path} or " if path else ""
             raise ConfigError(f"{', '.join(missing)} must be given: set {where}as {missing[0]}=…")
-        return OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(merged)
+        for prefix, section, given in _open_sections(config):
+            _merge_section(section, given, prefix)
+        return config
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         raise ConfigError(f"{key}: {str(error.msg or error).splitlines()[0]}") from None
@@ -122,14 +123,32 @@ def _build(layers: list[Any], path: Path | None) -> Any:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
 
 
+def _merge_section(schema: type, given: dict[str, Any], prefix: str) -> Any:
+    """Some keys of a schema laid over its defaults, types checked."""
+    try:
+        return OmegaConf.merge(OmegaConf.structured(schema), given)
+    except OmegaConfBaseException as error:
+        key = f"{prefix}.{getattr(error, 'full_key', '')}"
+        raise ConfigError(f"{key}: {str(error.msg or error).splitlines()[0]}") from None
+
+
+def _open_sections(config: Any, prefix: str = "") -> typing.Iterator[tuple[str, type, dict]]:
+    """(full key, schema, value) of every open section of a config object."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "schema" in field.metadata:
+            yield f"{prefix}{field.name}", field.metadata["schema"], value
+        elif dataclasses.is_dataclass(value):
+            yield from _open_sections(value, f"{prefix}{field.name}.")
+
+
 def _refuse_unknown(schema: type, given: Any, prefix: str = "") -> None:
     fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(schema)
     for key, value in (given or {}).items():
         if key not in fields:
-            legal = [k for k, *_ in _walk(schema, prefix)]
+            legal = [f"{prefix}{name}" for name in fields] + [k for k, *_ in _walk(schema, prefix)]
             close = difflib.get_close_matches(f"{prefix}{key}", legal, 1, 0.5)
-            close = close or difflib.get_close_matches(str(key), list(fields), 1, 0.5)
             hint = f"did you mean {close[0]}?" if close else f"legal: {', '.join(fields)}"
             raise ConfigError(f"unknown key {prefix}{key}; {hint}")
         section = fields[key].metadata.get("schema", hints[key])

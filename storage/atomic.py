@@ -48,6 +48,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         if not path.is_dir():
             raise OSError(f"cannot write {path}: a file of that name is in the way")
         flush(path.parent)
+    except OSError:
+        if not path.is_dir():  # else another writer was first, and removed our temporary
+            raise
     finally:
         for stale in [temporary, *staging.glob(f"{glob.escape(path.name)}.{'?' * 32}")]:
             shutil.rmtree(stale, ignore_errors=True)

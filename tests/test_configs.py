@@ -46,7 +46,7 @@ def test_command_line_beats_yaml_beats_defaults(tmp_path):
     [
         (["path=x", "model.hiden_size=3"], ["model.hiden_size", "model.hidden_size"]),
         (["path=x", "open.hiden_size=3"], ["open.hiden_size", "open.hidden_size"]),
-        (["path=x", "modle.hidden_size=3"], ["modle", "model"]),
+        (["path=x", "modell.hidden_size=3"], ["modell", "did you mean model?"]),
         (["path=x", "model.hidden_size=wide"], ["model.hidden_size", "wide"]),
         (["path=x", "open.hidden_size=wide"], ["open.hidden_size", "wide"]),
         (["path=x", "mode=quick"], ["mode", "quick", "fast", "slow"]),
@@ -81,7 +81,9 @@ def test_every_yaml_belongs_to_a_command():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+    "path",
+    sorted((ROOT / "configs").rglob("*.yaml")),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_every_yaml_loads(path):
     """With its required keys filled in, every recipe builds its whole configuration."""

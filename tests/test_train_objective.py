@@ -1,0 +1,94 @@
+"""The masked batch of a step: the same for any number of processes, and from (seed, step) alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from train_stage.config import TrainingConfig, split_batch
+from train_stage.loader import Batch
+from train_stage.mask_schedule import get_mask_schedule
+from train_stage.objective import Sums, describe_sums, mask_batch
+from train_stage.transformer import MaskGitTransformer
+
+COSINE = get_mask_schedule("cosine")
+
+
+def tiny_model():
+    return MaskGitTransformer(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        codebook_size=60, num_vq_tokens=16, num_classes=10,
+    )  # fmt: skip
+
+
+def make_batch(rows, step=0, part=slice(None)):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 60, (rows, 16), generator=generator)
+    class_ids = torch.randint(0, 10, (rows,), generator=generator)
+    return Batch(step, np.arange(rows)[part], codes[part], class_ids[part])
+
+
+def mask(batch, rank=0, world=1, **options):
+    config = TrainingConfig(max_train_steps=1, **options)
+    return mask_batch(batch, tiny_model(), config, COSINE, rank, world, torch.device("cpu"))
+
+
+def masked_classes(cond_dropout_prob, rows):
+    """Share of rows whose class token is their class."""
+    masked = mask(make_batch(rows), cond_dropout_prob=cond_dropout_prob)
+    return (masked.input_ids[:, 0] < 70).float().mean().item()
+
+
+def test_same_masks_for_any_world_size():
+    whole = mask(make_batch(48))
+    for world in (2, 3, 4):
+        share = 48 // world
+        parts = [
+            mask(make_batch(48, part=slice(rank * share, (rank + 1) * share)), rank, world)
+            for rank in range(world)
+        ]
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
+        assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+        assert {part.scored for part in parts} == {whole.scored}
+    assert whole.scored == int((whole.labels != -100).sum())
+
+
+def test_steps_and_seeds_differ_and_repeat():
+    first = mask(make_batch(48)).labels
+    assert torch.equal(mask(make_batch(48)).labels, first)
+    assert not torch.equal(mask(make_batch(48, step=1)).labels, first)
+    assert not torch.equal(mask(make_batch(48), seed=43).labels, first)
+
+
+def test_sums_by_hand():
+    labels = torch.full((2, 10), -100)
+    labels[0, :1], labels[1, :] = 5, 5
+    out = {
+        "losses": torch.arange(11.0),
+        "plain": torch.arange(11.0),
+        "correct": torch.arange(11) == 0,
+    }
+    sums = Sums.zeros(torch.device("cpu"))
+    sums.add(out, labels)
+    metrics = describe_sums(sums.flat().tolist())
+    assert metrics["loss"] == 5.0 and metrics["accuracy"] == pytest.approx(1 / 11)
+    assert metrics["loss_masked_0_10"] == 0.0 and metrics["loss_masked_90_100"] == 5.5
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "wanted"),
+    [
+        ({"batch_size": 64}, 4, (256, 1)),
+        ({"batch_size": 64, "gradient_accumulation_steps": 2}, 2, (256, 2)),
+        ({"batch_size": 64, "global_batch_size": 256}, 1, (256, 4)),
+        ({"batch_size": 64, "global_batch_size": 256}, 4, (256, 1)),
+        ({"batch_size": 50, "global_batch_size": 256}, 1, (256, 8)),
+    ],
+)
+def test_split_batch(options, processes, wanted):
+    assert split_batch(TrainingConfig(max_train_steps=1, **options), processes) == wanted
+
+
+def test_split_batch_refuses():
+    config = TrainingConfig(max_train_steps=1, global_batch_size=1000)
+    with pytest.raises(ValueError, match="nearest are 999 and 1002"):
+        split_batch(config, 3)
