@@ -87,7 +87,8 @@ def test_the_loss_module_agrees_with_forward():
     torch.manual_seed(0)
     model = MaskGitTransformer(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        codebook_size=60, num_vq_tokens=16, num_classes=10, hidden_dropout=0.0, attention_dropout=0.0,
+        codebook_size=60, num_vq_tokens=16, num_classes=10,
+        hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     ids = torch.randint(0, 60, (8, 17))
     labels = torch.where(torch.rand(8, 17) < 0.4, torch.randint(0, 60, (8, 17)), -100)

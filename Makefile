@@ -1,0 +1,31 @@
+# make demo | test | lint | bench: each makes its own environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)  ## both stages on Fashion-MNIST, real commands, pictures at the end
+	$(BIN)/muse-demo
+
+test: $(READY)  ## CPU, offline; OMP_NUM_THREADS=1 because tests run in parallel
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## prints tables; not part of the tests
+	$(BIN)/python -m storage.bench
+	$(BIN)/python -m train_stage.bench
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs/demo
