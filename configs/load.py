@@ -166,8 +166,8 @@ def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, str, str
             continue
         default: Any = field.default
         if default is dataclasses.MISSING:
-            factory = field.default_factory
-            default = factory() if factory is not dataclasses.MISSING else "???"
+            factory: Any = field.default_factory
+            default = "???" if factory is dataclasses.MISSING else factory()
         kind = str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__
         yield f"{prefix}{field.name}", kind, str(default), words.get(field.name, "")
 

@@ -15,13 +15,22 @@ from storage.fingerprint import fingerprint
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is flushed and renamed onto `path`."""
+    """Yields a temporary path beside `path`; on success it is flushed and renamed onto `path`.
+
+    Temporaries of killed writers of the same file go too; a live one then finds `path` in place
+    of its own, and leaves it.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)
+        for stale in _temporaries(path.parent, f".{path.name}"):
+            stale.unlink(missing_ok=True)
+    except FileNotFoundError:
+        if not path.is_file():
+            raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -36,7 +45,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     staging = path.parent / ".staging"
     temporary = staging / f"{path.name}.{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
+    while not temporary.is_dir():
+        with suppress(FileNotFoundError):  # another writer may just have removed `staging`
+            temporary.mkdir(parents=True)
     try:
         yield temporary
         for folder, _, files in os.walk(temporary, topdown=False):
@@ -52,7 +63,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         if not path.is_dir():  # else another writer was first, and removed our temporary
             raise
     finally:
-        for stale in [temporary, *staging.glob(f"{glob.escape(path.name)}.{'?' * 32}")]:
+        for stale in [temporary, *_temporaries(staging, path.name)]:
             shutil.rmtree(stale, ignore_errors=True)
         with suppress(OSError):
             staging.rmdir()
@@ -88,3 +99,8 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _temporaries(folder: Path, name: str) -> list[Path]:
+    """What writers of `name` left or are filling: the name, a dot and 32 hex digits."""
+    return list(folder.glob(f"{glob.escape(name)}.{'[0-9a-f]' * 32}"))

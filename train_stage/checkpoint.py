@@ -84,7 +84,8 @@ def find_checkpoints(run: Path) -> list[Path]:
 def choose_checkpoint(run: Path, wanted: str | None) -> Path | None:
     """The checkpoint to go on from: None starts anew. `wanted`: "latest", a path or None."""
     if wanted == "latest":
-        return (find_checkpoints(run) or [None])[-1]
+        found = find_checkpoints(run)
+        return found[-1] if found else None
     if wanted is None:
         if find_checkpoints(run):
             raise ValueError(

@@ -3,6 +3,8 @@
 -100 in labels marks what is not scored. B batch, N codes, V outputs, M scored codes.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,8 +50,9 @@ class MaskedLoss(nn.Module):
     A module of its own so that DistributedDataParallel can wrap it; holds the model, no weights.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0):
+    def __init__(self, model: Any, label_smoothing: float = 0.0):
         super().__init__()
+        self.model: Any  # a module with hidden_states and logits
         self.model, self.label_smoothing = model, label_smoothing
 
     def forward(self, input_ids: Tensor, labels: Tensor, **condition: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ until it falls inside (Black & Rogaway 2002). Any position of any epoch costs th
 may start anywhere; the order does not depend on how many processes read it.
 """
 
+from typing import Any
+
 import numpy as np
 
 ROUNDS = 6
@@ -46,14 +48,15 @@ def stream_rows(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 def hash_words(*words: int) -> np.uint64:
     """A 64-bit hash of integers (splitmix64 chained); seeds generators and permutation keys."""
-    state = np.uint64(0)
+    state: Any = np.uint64(0)
     with np.errstate(over="ignore"):
         for word in words:
             state = _splitmix(state ^ np.uint64(word & 0xFFFFFFFFFFFFFFFF))
     return state
 
 
-def _splitmix(value: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+def _splitmix(value: Any) -> Any:
+    """splitmix64's step on a uint64 or an array of them."""
     value = value + _ODD
     value = (value ^ (value >> np.uint64(30))) * _MIX[0]
     value = (value ^ (value >> np.uint64(27))) * _MIX[1]

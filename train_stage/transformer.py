@@ -102,7 +102,8 @@ class MaskGitTransformer(PretrainedModel):
     def __init__(self, **fields: Any):
         super().__init__(**fields)
         c: MaskGitTransformerConfig = self.config
-        self.mask_token_id = c.vocab_size - 1  # type: ignore[operator]
+        assert c.vocab_size is not None  # computed in the config's __post_init__
+        self.mask_token_id = c.vocab_size - 1
         self.output_size = c.codebook_size if c.use_codebook_size_for_output else c.vocab_size
         self.gradient_checkpointing = False
         norm = (c.norm_type, c.layer_norm_eps, c.use_bias)

@@ -1,0 +1,1 @@
+"""Stage one: images in, token store out; also the VQ models and their trainer."""

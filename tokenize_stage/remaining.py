@@ -1,0 +1,43 @@
+"""Which shards are still to do, and whether the finished ones were made from the same input."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from storage.shard import read_skipped, read_table
+from storage.writer import finished_shards
+from tokenize_stage.sources import InputShard, stored_key
+
+
+def remaining_shards(store: Path, shards: Sequence[InputShard]) -> list[InputShard]:
+    """The shards that the store does not hold yet, in order.
+
+    Raises ValueError when a finished shard has the name of one of `shards` but was made from
+    something else (another tar of that name, or a folder whose files have changed since): left
+    alone, that data would be missing from the store without a word.
+    """
+    finished = finished_shards(store)
+    for shard in shards:
+        if shard.name in finished:
+            _check_same_input(store, shard, finished[shard.name]["source"])
+    return [shard for shard in shards if shard.name not in finished]
+
+
+def _check_same_input(store: Path, shard: InputShard, source: str) -> None:
+    if shard.files is None:
+        if os.path.abspath(source) != os.path.abspath(shard.source):
+            raise ValueError(
+                f"shard {shard.name} of {store} was made from {source}, not from {shard.source}; "
+                "if the data has only moved give its old path (a link will do), else rename the "
+                "tar or choose another store.path"
+            )
+        return
+    folder = store / "shards" / shard.name
+    stored = {*read_table(folder, ["key"])["key"].to_pylist()}
+    stored |= {*read_skipped(folder)["key"].to_pylist()}
+    changed = sorted(stored ^ {stored_key(path) for path, _ in shard.files})
+    if changed:
+        raise ValueError(
+            f"{shard.source} is not what shard {shard.name} of {store} was made from: "
+            f"{len(changed)} files differ, {changed[0]} first; choose another store.path"
+        )

@@ -1,0 +1,90 @@
+"""What every VQ model offers: pixels -> codes (encode, step 3), codes -> pixels (decode, step 9).
+
+A model gives the two halves around its codebook, `latents` and `decode_latents`; the rest is here.
+B batch, H x W pixels, h x w grid, N = h*w codes an image, D channels of a codebook vector.
+"""
+
+import math
+
+import torch
+
+from storage.pretrained import PretrainedModel
+from tokenize_stage.vq.quantizer import VectorQuantizer
+
+
+class VQModel(PretrainedModel):
+    """An encoder, a codebook and a decoder. Pixels are RGB in [0, 1], (B, 3, H, W), both ways."""
+
+    quantize: VectorQuantizer
+
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) -> what the codebook quantizes (B, D, h, w)."""
+        raise NotImplementedError
+
+    def decode_latents(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Quantized latents (B, D, h, w) -> pixels (B, 3, H, W); open-muse called this `decode`."""
+        raise NotImplementedError
+
+    @property
+    def reduction(self) -> int:
+        """Pixels along one side of a code."""
+        raise NotImplementedError
+
+    @property
+    def codebook_size(self) -> int:
+        """K: codes are in [0, K)."""
+        return self.quantize.embedding.num_embeddings
+
+    def grid(self, resolution: int) -> tuple[int, int]:
+        """(h, w) of the codes of a square image of `resolution` pixels a side."""
+        return resolution // self.reduction, resolution // self.reduction
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] -> codes (B, N) int64, row by row."""
+        return self.encode_latents(pixels)[1]
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (B, N) of a square grid, or (B, h, w) -> pixels (B, 3, H, W) about [0, 1].
+
+        The pixels are not clamped. Raises ValueError for latents and for an N that is no square.
+        """
+        if codes.is_floating_point():
+            raise ValueError(
+                f"decode takes integer codes, not {codes.dtype} of shape {tuple(codes.shape)}; "
+                "for quantized latents call decode_latents"
+            )
+        side = math.isqrt(codes[0].numel())
+        grid = (side, side) if codes.ndim == 2 else (codes.shape[1], codes.shape[2])
+        if codes.ndim == 2 and side * side != codes.shape[1]:
+            raise ValueError(f"{codes.shape[1]} codes are no square grid; give them as (B, h, w)")
+        return self.decode_latents(self.quantize.lookup(codes.flatten(1), grid))
+
+    def get_code(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Old name of `encode`."""
+        return self.encode(pixels)
+
+    def decode_code(self, codes: torch.Tensor) -> torch.Tensor:
+        """Old name of `decode`."""
+        return self.decode(codes)
+
+    def encode_latents(self, pixels: torch.Tensor, return_loss: bool = False) -> tuple:
+        """Pixels -> (quantized (B, D, h, w), codes (B, N)[, loss]); open-muse called this `encode`.
+
+        With return_loss, the quantized values pass gradients straight through to the encoder.
+        """
+        return self.quantize(self.latents(pixels), return_loss)
+
+    def get_soft_code(
+        self,
+        pixels: torch.Tensor,
+        temp: float = 1.0,
+        stochastic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels -> (probability of every code (B, N, K), codes (B, N): the nearest or drawn)."""
+        return self.quantize.soft_codes(self.latents(pixels), temp, stochastic, generator)
+
+    def forward(self, pixels: torch.Tensor, return_loss: bool = False) -> tuple:
+        """Pixels -> (reconstruction (B, 3, H, W), quantized (B, D, h, w), codes (B, N)[, loss])."""
+        quantized, codes, *loss = self.encode_latents(pixels, return_loss)
+        return self.decode_latents(quantized), quantized, codes, *loss

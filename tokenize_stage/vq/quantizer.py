@@ -1,0 +1,92 @@
+"""The vector quantizer of every VQ model: latent vectors -> codes (step 3) and codes -> vectors.
+
+B batch, N = h*w codes an image, K codebook size, D latent channels, M = B*N vectors.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Distances held at once (rows x K), so memory stays flat: small enough for a CPU's cache.
+_CPU_DISTANCES, _GPU_DISTANCES = 1 << 21, 1 << 26
+
+
+@torch.no_grad()
+def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Nearest code of each vector by Euclidean distance, searched in float32: (M, D) -> (M,) int64.
+
+    The first of equally near codes wins. |z|^2 is left out: it is the same for every code.
+    """
+    codebook = codebook.float()
+    norms = codebook.square().sum(dim=1)  # (K,)
+    limit = _CPU_DISTANCES if vectors.device.type == "cpu" else _GPU_DISTANCES
+    rows = max(1, limit // len(codebook))
+    with torch.autocast(vectors.device.type, enabled=False):  # bf16 would move 1 to 13 % of codes
+        codes = [
+            torch.addmm(norms, chunk, codebook.T, alpha=-2).argmin(dim=1)  # (rows, K) -> (rows,)
+            for chunk in vectors.float().split(rows)
+        ]
+    return torch.cat(codes)
+
+
+def as_vectors(latents: torch.Tensor) -> torch.Tensor:
+    """(B, D, h, w) -> (B*h*w, D), row by row."""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of K vectors of D numbers, without normalisation of vectors or codebook."""
+
+    def __init__(self, codebook_size: int, dim: int, commitment_cost: float = 0.25):
+        super().__init__()
+        self.commitment_cost = commitment_cost
+        self.embedding = nn.Embedding(codebook_size, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
+
+    def forward(
+        self, latents: torch.Tensor, return_loss: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, D, h, w) -> (quantized (B, D, h, w), codes (B, N)[, loss]).
+
+        With the loss, gradients of the quantized values pass straight through to `latents`.
+        """
+        codes = nearest_codes(as_vectors(latents), self.embedding.weight).view(len(latents), -1)
+        quantized = self.lookup(codes, (latents.shape[2], latents.shape[3]))
+        if not return_loss:
+            return quantized.to(latents.dtype), codes
+        loss = self.loss(latents.float(), quantized.float())
+        return latents + (quantized - latents).detach().to(latents.dtype), codes, loss
+
+    def loss(self, latents: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        """Commitment of the latents to their codes, plus the codebook's pull towards the latents.
+
+        A quirk of the published models that is kept: `commitment_cost` weighs the codebook term.
+        """
+        commitment = F.mse_loss(latents, quantized.detach())
+        codebook = F.mse_loss(quantized, latents.detach())
+        return commitment + self.commitment_cost * codebook
+
+    def lookup(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Codes (B, N) of a grid (h, w) -> their vectors (B, D, h, w)."""
+        vectors = self.embedding(codes)  # (B, N, D)
+        return vectors.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+
+    def soft_codes(
+        self,
+        latents: torch.Tensor,
+        temperature: float = 1.0,
+        stochastic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, D, h, w) -> (softmax of -squared distance / temperature (B, N, K), codes (B, N)).
+
+        The codes are the nearest ones, or, if `stochastic`, drawn from that softmax.
+        """
+        vectors, codebook = as_vectors(latents).float(), self.embedding.weight.float()
+        distances = torch.addmm(codebook.square().sum(dim=1), vectors, codebook.T, alpha=-2)
+        soft = torch.softmax(-distances / temperature, dim=1)  # (M, K)
+        if stochastic:
+            codes = torch.multinomial(soft, 1, generator=generator)
+        else:
+            codes = distances.argmin(dim=1)
+        return soft.view(len(latents), -1, len(codebook)), codes.view(len(latents), -1)

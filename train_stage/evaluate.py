@@ -1,0 +1,274 @@
+"""muse-evaluate: how good generated pictures are, and how good the tokenizer is. Step 9, judged.
+
+    muse-evaluate config=configs/evaluate/fashion_mnist.yaml generated=FOLDER output_dir=FOLDER
+
+A classifier trained on real pictures (train_stage/classifier.py) is asked about generated ones
+(sub-folders named by class id, as muse-generate writes them). Writes OUTPUT_DIR/evaluation.json,
+generated_vs_real.png and, given a tokenizer, reconstructions.png.
+(`python -m train_stage.evaluate` is the same.) n pictures, C classes, D features.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING
+
+from configs.load import load_command_config
+from storage.atomic import atomic_file
+from storage.fingerprint import fingerprint
+from train_stage.classifier import (
+    PictureClassifier,
+    classify,
+    frechet_distance,
+    mean_pairwise_distance,
+    train_classifier,
+)
+from train_stage.pictures import (
+    decode_codes,
+    encode_pictures,
+    load_vq,
+    read_pictures,
+    save_grid,
+)
+
+Pictures = tuple[torch.Tensor, torch.Tensor]  # (n, 3, R, R) uint8, class ids (n,) int64
+
+
+@dataclass
+class EvaluateConfig:
+    """Options of muse-evaluate."""
+
+    generated: str = MISSING
+    """Folder of generated pictures, in sub-folders named by class id, as muse-generate writes."""
+    train: str = MISSING
+    """Real pictures that train the classifier: class folders or webdataset tars."""
+    test: str = MISSING
+    """Real pictures held out from all training: class folders or webdataset tars."""
+    output_dir: str = MISSING
+    """Where evaluation.json, the pictures and the trained classifier go."""
+    vq_model: str | None = None
+    """Tokenizer whose PSNR on the test pictures is measured; none: not measured."""
+    train_limit: int = 30_000
+    """At most so many real pictures train the classifier."""
+    test_limit: int | None = None
+    """At most so many test pictures are looked at; none: all."""
+    epochs: int = 4
+    """Passes over the classifier's training pictures."""
+    batch_size: int = 64
+    """Pictures a step of the classifier's training."""
+    learning_rate: float = 3e-3
+    """Highest learning rate of the classifier's training."""
+    seed: int = 0
+    """Seeds the classifier's training and the choice of real pictures compared."""
+    device: str = "cpu"
+    """Device of classifier and tokenizer: cpu, cuda, cuda:1, …"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs muse-evaluate; returns the exit status (0 good, 2 unusable input)."""
+    config = load_command_config(EvaluateConfig, argv, __doc__ or "")
+    try:
+        results = evaluate(config)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(describe(results))
+    print(f"written: {config.output_dir}/evaluation.json and the pictures beside it")
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measures what EvaluateConfig names, writes it into output_dir and returns it."""
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    generated = read_generated(config.generated)
+    resolution = generated[0].shape[-1]
+    train = read_pictures(config.train, resolution, config.train_limit)[:2]
+    test_pictures, test_ids, names = read_pictures(config.test, resolution, config.test_limit)
+    test = test_pictures, test_ids
+    _check_classes(train[1], test[1], generated[1], names)
+    classifier = load_or_train(config, *train, len(names))
+    generator = torch.Generator().manual_seed(config.seed)
+    results = compare(classifier, generated, train, test, names, generator)
+    draw_comparison(output / "generated_vs_real.png", generated, test, names)
+    results["psnr"] = None
+    if config.vq_model is not None:
+        results["psnr"] = tokenizer_psnr(
+            config.vq_model, test[0], config.device, output / "reconstructions.png"
+        )
+    with atomic_file(output / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def read_generated(path: str) -> Pictures:
+    """Pictures in sub-folders named by class id, whatever classes are there."""
+    pictures, positions, names = read_pictures(path)
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(
+            f"{path} has the folders {', '.join(names)}: generated pictures lie in folders "
+            "named by class id (0, 1, …), as muse-generate writes them"
+        )
+    return pictures, torch.tensor([int(name) for name in names])[positions]
+
+
+def load_or_train(
+    config: EvaluateConfig, pictures: torch.Tensor, class_ids: torch.Tensor, num_classes: int
+) -> PictureClassifier:
+    """The classifier trained on exactly these pictures in this way; output_dir keeps it."""
+    digest = hashlib.sha256(pictures.numpy().data)
+    digest.update(class_ids.numpy().data)
+    way = [config.epochs, config.batch_size, config.learning_rate, config.seed, num_classes]
+    name = f"classifier-{fingerprint([digest.hexdigest(), *way])[:12]}"
+    folder = Path(config.output_dir) / name
+    if not folder.is_dir():
+        train_classifier(
+            pictures,
+            class_ids,
+            num_classes,
+            torch.Generator().manual_seed(config.seed),
+            config.epochs,
+            config.batch_size,
+            config.learning_rate,
+            config.device,
+        ).save_pretrained(folder)
+    return PictureClassifier.from_pretrained(folder).to(config.device)
+
+
+def compare(
+    classifier: PictureClassifier,
+    generated: Pictures,
+    train: Pictures,
+    test: Pictures,
+    names: list[str],
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Accuracies, feature distances and diversity, over all and by class.
+
+    Distances and diversity take the same number of pictures of every class from each set.
+    """
+    counts = _common_counts([generated[1], train[1], test[1]], len(names))
+    rows = [_choose(ids, counts, generator) for ids in (generated[1], train[1], test[1])]
+    guessed, seen = classify(classifier, generated[0])
+    test_guessed, test_seen = classify(classifier, test[0])
+    _, train_features = classify(classifier, train[0][rows[1]])
+    features, test_features = seen[rows[0]], test_seen[rows[2]]
+    by_class = {}
+    for class_id in generated[1].unique().tolist():
+        made, real = generated[1] == class_id, test[1] == class_id
+        by_class[names[class_id]] = {
+            "generated_accuracy": _share(guessed[made] == class_id),
+            "real_accuracy": _share(test_guessed[real] == class_id),
+            "diversity": mean_pairwise_distance(seen[rows[0]][made[rows[0]]]),
+            "diversity_real": mean_pairwise_distance(test_seen[rows[2]][real[rows[2]]]),
+        }
+    return {
+        "generated_accuracy": _share(guessed == generated[1]),
+        "real_accuracy": _share(test_guessed == test[1]),
+        "feature_distance": frechet_distance(features, test_features),
+        "feature_distance_real": frechet_distance(train_features, test_features),
+        "diversity": _mean(by_class, "diversity"),
+        "diversity_real": _mean(by_class, "diversity_real"),
+        "pictures_generated": len(guessed),
+        "pictures_compared": int(counts.sum()),
+        "classes": by_class,
+    }
+
+
+def tokenizer_psnr(
+    vq_model: str, pictures: torch.Tensor, device: str, drawing: Path, limit: int = 2000
+) -> float:
+    """PSNR in dB of decode(encode(pictures)) as written to files: 10 log10(255^2 / mean error^2).
+
+    Draws 20 pictures, each above its reconstruction. Evenly spaced pictures, at most `limit`.
+    """
+    vq = load_vq(vq_model, device)
+    pictures = pictures[:: -(-len(pictures) // limit)]
+    decoded = decode_codes(vq, encode_pictures(vq, pictures))
+    error = (decoded.double() - pictures.double()).square().mean()
+    shown = torch.linspace(0, len(pictures) - 1, min(20, len(pictures))).long()
+    rows = [half for part in shown.split(10) for half in (pictures[part], decoded[part])]
+    save_grid(torch.cat(rows), drawing, min(10, len(shown)))
+    return float(10 * torch.log10(255**2 / error))
+
+
+def draw_comparison(
+    path: Path, generated: Pictures, test: Pictures, names: list[str], each: int = 8
+) -> None:
+    """A row for each class (the first 20): `each` real pictures, then `each` generated ones."""
+    class_ids = generated[1].unique()[:20].tolist()
+    each = min(each, *(int((ids == c).sum()) for _, ids in (generated, test) for c in class_ids))
+    rows = [pictures[ids == c][:each] for c in class_ids for pictures, ids in (test, generated)]
+    save_grid(torch.cat(rows), path, 2 * each, [names[class_id] for class_id in class_ids])
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The results as a table: one line a class, then the totals and what they mean."""
+    width = max(len(name) for name in [*results["classes"], "all"])
+    head = f"{'class':<{width}}  accuracy generated / real   diversity generated / real"
+    lines = [head]
+    for name, row in [*results["classes"].items(), ("all", results)]:
+        accuracy = f"{row['generated_accuracy']:>18.1%} /{row['real_accuracy']:6.1%}"
+        diversity = f"{row['diversity']:>18.2f} / {row['diversity_real']:.2f}"
+        lines.append(f"{name:<{width}}  {accuracy}  {diversity}")
+    lines.append(
+        f"feature distance to {results['pictures_compared']:,} real test pictures: "
+        f"{results['feature_distance']:.3f} generated, {results['feature_distance_real']:.3f} "
+        "real (Frechet, of this classifier's features; not FID)"
+    )
+    if results["psnr"] is not None:
+        lines.append(f"tokenizer: PSNR {results['psnr']:.2f} dB on test pictures")
+    return "\n".join(lines)
+
+
+def _check_classes(
+    train: torch.Tensor, test: torch.Tensor, generated: torch.Tensor, names: list[str]
+) -> None:
+    missing = sorted(set(test.tolist()) - set(train.tolist()))
+    if missing or int(train.max()) >= len(names):
+        raise ValueError(
+            f"train and test have different classes: test has {len(names)}, train ids up to "
+            f"{int(train.max())} and none of {missing}; raise train_limit or check the paths"
+        )
+    if int(generated.max()) >= len(names):
+        raise ValueError(
+            f"generated has class {int(generated.max())}, the real pictures only 0 to "
+            f"{len(names) - 1} ({', '.join(names[:10])})"
+        )
+
+
+def _common_counts(ids_of_sets: list[torch.Tensor], num_classes: int) -> torch.Tensor:
+    """How many pictures of every class all sets have, (C,)."""
+    counts = torch.stack([torch.bincount(ids, minlength=num_classes) for ids in ids_of_sets])
+    fewest = counts.amin(0)
+    for class_id in ids_of_sets[0].unique().tolist():
+        if fewest[class_id] < 2:
+            raise ValueError(
+                f"class {class_id} has {counts[:, class_id].tolist()} pictures (generated, train, "
+                "test); at least 2 of each are needed"
+            )
+    return fewest
+
+
+def _choose(ids: torch.Tensor, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random rows of a set, counts[c] of class c."""
+    order = torch.randperm(len(ids), generator=generator)
+    picked = [order[ids[order] == c][:count] for c, count in enumerate(counts.tolist())]
+    return torch.cat(picked)
+
+
+def _share(hits: torch.Tensor) -> float:
+    return float(hits.double().mean())
+
+
+def _mean(by_class: dict[str, dict[str, float]], key: str) -> float:
+    return sum(row[key] for row in by_class.values()) / len(by_class)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

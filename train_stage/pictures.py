@@ -1,0 +1,172 @@
+"""Step 9, image: codes -> pictures, and picture files in and out.
+
+The only file of stage two that knows pixels. Training never comes here; generation, evaluation
+and the grids drawn during training do. Pictures are uint8 RGB (N, 3, H, W) on the CPU.
+B batch, N pictures or codes an image, R pixels a side.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from storage.pretrained import model_fingerprint
+from storage.schema import StoreMismatch, Tokenizer
+from tokenize_stage.vq import VQModel, load_vq_model
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+Item = tuple[str, bytes, int]  # name for messages, undecoded bytes, class id
+
+
+def load_vq(name_or_path: str | Path, device: str | torch.device) -> VQModel:
+    """Loads a frozen VQ model from a model directory or the hub onto `device`, for inference."""
+    return load_vq_model(name_or_path).to(device).eval().requires_grad_(False)
+
+
+def check_tokenizer(vq: VQModel, tokenizer: Tokenizer) -> None:
+    """Refuses a VQ model other than the one that made the codes."""
+    found = model_fingerprint(vq)
+    if found != tokenizer.fingerprint:
+        raise StoreMismatch(
+            f"the codes were made by {tokenizer.name} ({tokenizer.class_name}, fingerprint "
+            f"{tokenizer.fingerprint[:12]}…), this VQ model is {found[:12]}…: give vq_model=…"
+        )
+
+
+@torch.inference_mode()
+def decode_codes(vq: VQModel, codes: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Codes (B, N) in [0, K) -> pictures (B, 3, H, W) uint8: clipped, times 255, truncated.
+
+    Raises ValueError for codes outside the codebook (a mask id, or codes of another tokenizer).
+    """
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= vq.codebook_size:
+        raise ValueError(
+            f"codes reach from {low} to {high}, but the tokenizer has {vq.codebook_size}: "
+            "decode with the tokenizer that made the store"
+        )
+    device = next(vq.parameters()).device
+    batches = [vq.decode(part.to(device).long()) for part in codes.split(batch_size)]
+    pixels = torch.cat([batch.float().clamp(0, 1).mul(255).byte().cpu() for batch in batches])
+    return pixels  # (B, 3, H, W)
+
+
+@torch.inference_mode()
+def encode_pictures(vq: VQModel, pictures: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Pictures (B, 3, H, W) uint8 -> codes (B, N) int64, on the CPU."""
+    device = next(vq.parameters()).device
+    batches = [part.to(device).float().div(255) for part in pictures.split(batch_size)]
+    return torch.cat([vq.encode(pixels).cpu() for pixels in batches])  # (B, N)
+
+
+def save_pictures(pictures: torch.Tensor, folder: Path, names: Sequence[str]) -> None:
+    """Writes one PNG for each of `names`, paths within `folder` such as `3/0017.png`."""
+    for picture, name in zip(pictures, names, strict=True):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+
+
+def save_grid(
+    pictures: torch.Tensor, path: Path, columns: int, labels: Sequence[str] | None = None
+) -> None:
+    """Writes pictures (N, 3, H, W) uint8 as one PNG, row by row, `columns` a row, on white.
+
+    Pictures below 64 pixels are enlarged by whole numbers. labels: one for each row, at its left.
+    """
+    count, _, height, width = pictures.shape
+    rows = -(-count // columns)
+    if labels is not None and len(labels) != rows:
+        raise ValueError(f"{len(labels)} labels for {rows} rows of {columns} pictures")
+    scale, gap = max(1, 64 // width), 2
+    height, width = height * scale, width * scale
+    font = ImageFont.load_default(size=max(10, height // 5))
+    margin = max((int(font.getlength(label)) + 12 for label in labels or []), default=0)
+    size = (margin + columns * (width + gap) + gap, rows * (height + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        image = image.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(image, (margin + gap + column * (width + gap), gap + row * (height + gap)))
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(labels or []):
+        middle = gap + row * (height + gap) + height // 2
+        draw.text((margin - 6, middle), label, fill="black", font=font, anchor="rm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def read_pictures(
+    path: str | Path, resolution: int | None = None, limit: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Reads labelled pictures: (N, 3, R, R) uint8, class ids (N,) int64, class names.
+
+    path: a folder whose sub-folders, sorted, are the classes 0, 1, 2, … (files beside them are
+    not looked at); or webdataset tars (a folder of them or `name-{000..009}.tar`), whose classes
+    are named by their number. resolution: shorter side scaled to it (bilinear), centre cropped,
+    as muse-tokenize does; None keeps the size, which must then be the same for all. limit: at
+    most so many, evenly spaced over a folder, the first ones of tars.
+    Raises FileNotFoundError for a path with no pictures, ValueError naming a broken one.
+    """
+    folder = Path(path)
+    tars = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else str(path)
+    if folder.is_dir() and not tars:
+        names, items = _folder_items(folder, limit)
+    else:
+        names, items = [], islice(_tar_items(tars), limit)
+    pictures: list[np.ndarray] = []
+    class_ids: list[int] = []
+    for name, data, class_id in tqdm(items, desc=f"read {path}", unit=" pictures", disable=None):
+        picture = _decode(name, data, resolution)
+        if pictures and picture.shape != pictures[0].shape:
+            raise ValueError(
+                f"{name} is {picture.shape[1]}x{picture.shape[0]}, those before it "
+                f"{pictures[0].shape[1]}x{pictures[0].shape[0]}: give a resolution"
+            )
+        pictures.append(picture)
+        class_ids.append(class_id)
+    if not pictures:
+        raise FileNotFoundError(f"{path} holds no pictures in class folders and no webdataset tars")
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    names = names or [str(index) for index in range(max(class_ids) + 1)]
+    return stacked, torch.tensor(class_ids), names
+
+
+def _folder_items(folder: Path, limit: int | None) -> tuple[list[str], Iterator[Item]]:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    files = [
+        (file, class_id)
+        for class_id, name in enumerate(names)
+        for file in sorted((folder / name).rglob("*"))
+        if file.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
+    ]
+    if limit is not None and limit < len(files):
+        files = [files[index * len(files) // limit] for index in range(limit)]
+    return names, ((str(file), file.read_bytes(), class_id) for file, class_id in files)
+
+
+def _tar_items(tars: str | list[str]) -> Iterator[Item]:
+    dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)  # type: ignore[attr-defined]
+    for sample in dataset:
+        name = f"{sample['__url__']}:{sample['__key__']}"
+        image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+        if image is None or "cls" not in sample:
+            raise ValueError(f"{name} has no image or no cls; it has {sorted(sample)}")
+        yield name, image, int(sample["cls"])
+
+
+def _decode(name: str, data: bytes, resolution: int | None) -> np.ndarray:
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is not a picture that can be read: {error}") from None
+    if resolution is not None and image.size != (resolution, resolution):
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR)
+    return np.asarray(image)  # (R, R, 3)
