@@ -12,8 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.load import load_config
+from tokenize_stage.config import TokenizeConfig
+from tokenize_stage.train_vq_config import TrainVQConfig
+from train_stage.config import TrainConfig
+from train_stage.demo import DemoConfig, plan_parts
 from train_stage.demo_data import CLASS_NAMES, main, write_tars
 from train_stage.demo_parts import Part, run_parts
+from train_stage.evaluate import EvaluateConfig
+from train_stage.generate import GenerateConfig
 from train_stage.pictures import read_pictures
 
 # Three parts: write a file; work for a while, saving on SIGTERM; write a file from the second's.
@@ -141,6 +148,23 @@ def test_a_changed_config_file_changes_the_part(tmp_path) -> None:
     assert part.recipe() == before
     config.write_text("steps: 2")
     assert part.recipe() != before
+
+
+def test_each_command_reads_what_the_one_before_it_wrote() -> None:
+    words = {part.name: part.commands[-1] for part in plan_parts(DemoConfig())}
+    schemas = {"train_vq": TrainVQConfig, "tokenize": TokenizeConfig, "train": TrainConfig}
+    schemas |= {"generate": GenerateConfig, "evaluate": EvaluateConfig}
+    c = {name: load_config(schema, words[name][1:]) for name, schema in schemas.items()}
+    data, tokenizer = "runs/demo/data", f"{c['train_vq'].experiment.output_dir}/model"
+    assert f"output_dir={data}" in words["data"]
+    assert c["train_vq"].dataset.shards_path_or_url.startswith(f"{data}/train")
+    assert c["tokenize"].dataset.shards_path_or_url.startswith(f"{data}/train")
+    assert c["tokenize"].model.vq_model.pretrained == tokenizer
+    assert c["train"].dataset.train_store == c["tokenize"].store.path == words["check"][-1]
+    assert c["generate"].model == f"{c['train'].experiment.output_dir}/model"
+    assert c["generate"].vq_model == c["evaluate"].vq_model == tokenizer
+    assert c["evaluate"].generated == c["generate"].output_dir
+    assert (c["evaluate"].train, c["evaluate"].test) == (f"{data}/train", f"{data}/test")
 
 
 def write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:

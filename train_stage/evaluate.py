@@ -53,7 +53,7 @@ class EvaluateConfig:
     """Where evaluation.json, the pictures and the trained classifier go."""
     vq_model: str | None = None
     """Tokenizer whose PSNR on the test pictures is measured; none: not measured."""
-    train_limit: int = 30_000
+    train_limit: int = 40_000
     """At most so many real pictures train the classifier."""
     test_limit: int | None = None
     """At most so many test pictures are looked at; none: all."""

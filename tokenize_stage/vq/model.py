@@ -35,6 +35,11 @@ class VQModel(PretrainedModel):
         """K: codes are in [0, K)."""
         return self.quantize.embedding.num_embeddings
 
+    @property
+    def num_embeddings(self) -> int:
+        """Old name of `codebook_size`."""
+        return self.codebook_size
+
     def grid(self, resolution: int) -> tuple[int, int]:
         """(h, w) of the codes of a square image of `resolution` pixels a side."""
         return resolution // self.reduction, resolution // self.reduction
