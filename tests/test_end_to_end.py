@@ -1,4 +1,4 @@
-"""The whole way through the public commands: drawn images -> tokenizer -> store -> model -> PNGs."""
+"""The whole way by the public commands: drawn images -> tokenizer -> store -> model -> PNGs."""
 
 import json
 
