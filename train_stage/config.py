@@ -92,8 +92,9 @@ class OptimizerParams:
 
 @dataclass
 class OptimizerConfig:
-    name: Literal["adamw", "lion"] = "adamw"
-    """adamw is torch's, fused; lion wants about a third of AdamW's learning rate."""
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    """adamw is torch's, fused; lion wants about a third of AdamW's learning rate; muon is torch's,
+    for matrices, beside adamw for the rest."""
     params: OptimizerParams = field(default_factory=OptimizerParams)
 
 

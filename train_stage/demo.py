@@ -79,8 +79,7 @@ def plan_parts(config: DemoConfig) -> list[Part]:
     data = [f"data={config.data}"] if config.data is not None else []
     tokenizer, store = "runs/demo/tokenizer/model", "runs/demo/store"
     prepare = ["python", "-m", "train_stage.demo_data", "output_dir=runs/demo/data", *data]
-    tokenize = ["muse-tokenize", yaml("tokenize"), f"model.vq_model.pretrained={tokenizer}"]
-    tokenize += [*config.tokenize.split(), "tasks=2"]
+    tokenize = ["muse-tokenize", yaml("tokenize"), *config.tokenize.split(), "tasks=2"]
     generate = ["muse-generate", "model=runs/demo/train/model", f"vq_model={tokenizer}"]
     generate += ["output_dir=runs/demo/generated", "class_ids=all", "seed=0"]
     generate += [f"images_per_class={config.images_per_class}"]

@@ -23,7 +23,7 @@ from typing import Any
 from storage.atomic import atomic_file
 from storage.fingerprint import fingerprint
 
-TICK_S = 2.0  # at most so much of a part's time is not counted after a kill -9
+TICK_S = 2.0  # seconds are saved so often; what a command does after our kill -9 is not counted
 
 
 @dataclass(frozen=True)

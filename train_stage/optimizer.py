@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 POLYNOMIAL_END = 1e-7  # learning rate after a polynomial decay
 
@@ -19,7 +19,7 @@ def make_optimizer(
     weight_decay: float,
     epsilon: float,
 ) -> Optimizer:
-    """AdamW (fused where torch has it) or Lion over the model's trainable parameters.
+    """AdamW (fused where torch has it), Lion or Muon over the model's trainable parameters.
 
     Vectors (norm weights, biases) and embeddings are not decayed.
     """
@@ -34,7 +34,9 @@ def make_optimizer(
         return AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
     if name == "lion":
         return Lion(groups, lr=learning_rate, betas=betas)
-    raise ValueError(f"optimizer.name {name!r}: legal are adamw, lion")
+    if name == "muon":
+        return MuonAdamW(groups, learning_rate, betas, epsilon)
+    raise ValueError(f"optimizer.name {name!r}: legal are adamw, lion, muon")
 
 
 def no_decay(name: str) -> bool:
@@ -75,6 +77,48 @@ class Lion(Optimizer):
                 p.add_(momentum.lerp(p.grad, 1 - beta1).sign_(), alpha=-group["lr"])
                 momentum.lerp_(p.grad, 1 - beta2)
         return loss
+
+
+class MuonAdamW(Optimizer):
+    """torch's Muon (Jordan et al. 2024) for matrices that are decayed, its AdamW for the rest.
+
+    Muon's updates are scaled to AdamW's usual size, so one learning rate serves both.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        epsilon: float,
+    ):
+        params = [p for group in groups for p in group["params"]]
+        super().__init__(params, {"lr": lr})
+        matrices = [p for p in groups[0]["params"] if p.ndim == 2]
+        others = [p for p in groups[0]["params"] if p.ndim != 2]
+        decay = groups[0]["weight_decay"]
+        rest = [{"params": others, "weight_decay": decay}, *groups[1:]]
+        scaled = "match_rms_adamw"
+        self.parts = [
+            Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn=scaled),
+            AdamW([group for group in rest if group["params"]], lr=lr, betas=betas, eps=epsilon),
+        ]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def lr_factor(
