@@ -1,6 +1,6 @@
 """muse-demo: the whole project on 70,000 real pictures, in minutes on two CPU cores. Steps 1 to 9.
 
-    muse-demo [guidance_scale=3.0] [data=FOLDER]        (`make demo` installs first, then runs this)
+    muse-demo [guidance_scale=2.0] [data=FOLDER]        (`make demo` installs first, then runs this)
 
 Runs the public commands one after another, as a user would, and prints each. Everything goes to
 runs/demo below the current folder. Interrupted and started again it goes on where it stopped.
@@ -33,7 +33,7 @@ class DemoConfig:
 
     data: str | None = None
     """Folder with Fashion-MNIST's four .gz files; none: Debian's package, else torchvision's."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Strength of classifier-free guidance for the generated pictures."""
     images_per_class: int = 100
     """Pictures generated for each of the 10 classes."""
@@ -81,7 +81,8 @@ def plan_parts(config: DemoConfig) -> list[Part]:
     prepare = ["python", "-m", "train_stage.demo_data", "output_dir=runs/demo/data", *data]
     tokenize = ["muse-tokenize", yaml("tokenize"), *config.tokenize.split(), "tasks=2"]
     generate = ["muse-generate", "model=runs/demo/train/model", f"vq_model={tokenizer}"]
-    generate += ["output_dir=runs/demo/generated", "class_ids=all", "seed=0"]
+    generate += ["output_dir=runs/demo/generated", "class_ids=all", "temperature=4.5"]
+    generate += ["timesteps=12", "batch_size=100"]
     generate += [f"images_per_class={config.images_per_class}"]
     generate += [f"guidance_scale={config.guidance_scale}", *config.generate.split()]
     evaluate = ["muse-evaluate", yaml("evaluate"), *config.evaluate.split()]
