@@ -120,6 +120,17 @@ def test_signals_save_and_exit(store, undisturbed, tmp_path, number):
     assert outcome(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.parametrize("name", ["lion", "muon"])
+def test_other_optimizers_resume_too(store, tmp_path, name):
+    outcomes = []
+    for kill in (None, 7):
+        argv = arguments(store, tmp_path / f"run-{kill}", f"optimizer.name={name}")
+        run_to_end(argv, kill_before_step=kill)
+        assert run_to_end(argv) == 0
+        outcomes.append(outcome(tmp_path / f"run-{kill}"))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_checkpoints_are_whole_and_limited(store, tmp_path):
     run = tmp_path / "run"
     assert run_to_end(arguments(store, run, "experiment.checkpoints_total_limit=2")) == 0

@@ -1,0 +1,81 @@
+"""Training options one by one, each seen to do what it says."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from store_factory import make_store
+from test_train_resume import SMALL, run_to_end
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store"))
+
+
+def train(store, run, *extra):
+    argv = [f"dataset.train_store={store}", f"experiment.output_dir={run}", *SMALL, *extra]
+    assert run_to_end(argv) == 0
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines):
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_loss_starts_at_log_v_and_metrics_are_all_there(store, tmp_path):
+    first = train(store, tmp_path / "run")[0]
+    assert first["loss"] == pytest.approx(4.85, abs=0.25)  # ln(128), the padded vocabulary
+    assert {"accuracy", "learning_rate", "grad_norm", "images_per_s", "data_wait"} <= set(first)
+    assert any(name.startswith("loss_masked_") for name in first)
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "learning_rate: 0.003" in config and "beta2: 0.999" in config
+
+
+def test_bf16_follows_float32(store, tmp_path):
+    exact = losses(train(store, tmp_path / "a"))
+    rough = losses(train(store, tmp_path / "b", "training.mixed_precision=bf16"))
+    assert rough == pytest.approx(exact, rel=0.02) and rough != exact
+    weights = load_file(tmp_path / "b" / "model" / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+def test_gradient_checkpointing_changes_nothing(store, tmp_path):
+    plain = train(store, tmp_path / "a")
+    saving = train(store, tmp_path / "b", "model.gradient_checkpointing=true")
+    assert losses(saving) == losses(plain)
+
+
+def test_overfit_one_batch_goes_down_fast(store, tmp_path):
+    options = ["training.overfit_one_batch=true", "lr_scheduler.scheduler=constant"]
+    options += ["optimizer.params.learning_rate=1e-2", "training.max_train_steps=40"]
+    lines = losses(train(store, tmp_path / "run", *options))
+    assert min(lines[-5:]) < 0.75 * lines[0]
+
+
+def test_pretrained_weights_are_where_it_starts(store, tmp_path):
+    before = losses(train(store, tmp_path / "a", "training.max_train_steps=40"))
+    start = f"model.pretrained_model_path={tmp_path / 'a' / 'checkpoint-40' / 'unwrapped_model'}"
+    assert losses(train(store, tmp_path / "b", start))[0] < before[0] - 0.5
+
+
+def test_eval_loss_has_the_same_masks_every_time(store, tmp_path):
+    """With a learning rate of zero it does not move."""
+    options = [f"dataset.eval_store={store}", "experiment.eval_every=4"]
+    lines = train(store, tmp_path / "run", *options, "optimizer.params.learning_rate=0.0")
+    found = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(found) == 3 and len(set(found)) == 1
+
+
+def test_wandb_offline_needs_no_account(store, tmp_path):
+    train(store, tmp_path / "run", "wandb.mode=offline")
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_scale_lr_scales(store, tmp_path):
+    lines = train(store, tmp_path / "run", "optimizer.params.scale_lr=true")
+    peak = max(line["learning_rate"] for line in lines)
+    assert peak == pytest.approx(3e-3 * 16 / 256)
