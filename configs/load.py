@@ -54,14 +54,15 @@ def load_config(schema: type[Schema], argv: list[str] | None = None) -> Schema:
 
 
 def load_command_config(schema: type[Schema], argv: list[str] | None, usage: str) -> Schema:
-    """load_config for a command line: a ConfigError ends the program with one line, not a trace."""
+    """load_config for a command line: a ConfigError ends it with one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(textwrap.dedent(usage).strip() + "\n")
     try:
         return load_config(schema, argv)
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def open_section(schema: type) -> Any:

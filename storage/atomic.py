@@ -23,14 +23,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
+        try:
+            flush(temporary)
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            if not path.is_file():  # else another writer was first, and removed our temporary
+                raise
         flush(path.parent)
         for stale in _temporaries(path.parent, f".{path.name}"):
             stale.unlink(missing_ok=True)
-    except FileNotFoundError:
-        if not path.is_file():
-            raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,7 +42,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     The temporary lies in the hidden folder `.staging` beside `path`, under a name of its own for
     every writer. When `path` has been made in the meantime, that one stays and ours is dropped.
-    Temporaries that killed writers of the same `path` left are removed at the end.
+    Once `path` is there, temporaries that other writers of it left or are filling are removed.
     """
     staging = path.parent / ".staging"
     temporary = staging / f"{path.name}.{uuid.uuid4().hex}"
@@ -63,7 +64,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         if not path.is_dir():  # else another writer was first, and removed our temporary
             raise
     finally:
-        for stale in [temporary, *_temporaries(staging, path.name)]:
+        others = _temporaries(staging, path.name) if path.is_dir() else []
+        for stale in [temporary, *others]:
             shutil.rmtree(stale, ignore_errors=True)
         with suppress(OSError):
             staging.rmdir()

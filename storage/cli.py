@@ -77,6 +77,10 @@ def verify(args: argparse.Namespace) -> int:
         print(f"{len(problems)} problems: delete those shard folders and run muse-tokenize again")
         return 1
     store = TokenStore(args.store)
+    missing = store.missing_shards()
+    if missing:
+        print(f"{len(missing)} shards are missing, {missing[0]} first: run muse-tokenize again")
+        return 1
     print(f"{args.store}: {len(folders)} shards, {len(store):,} rows, whole ({meta.backend})")
     return 0
 
@@ -85,13 +89,14 @@ def stats(args: argparse.Namespace) -> int:
     """Codebook usage and perplexity, class histogram; reads all codes, draws a PNG."""
     store = TokenStore(args.store)
     facts: dict[str, Any] = store_sizes(store)
-    facts["codebook"] = {}
-    for column in store.meta.tokenizers:
-        usage = codebook_usage(store, column)
-        facts["codebook"][column] = {k: v for k, v in usage.items() if k != "counts"}
+    usages = {column: codebook_usage(store, column) for column in store.meta.tokenizers}
+    facts["codebook"] = {
+        column: {key: value for key, value in usage.items() if key != "counts"}
+        for column, usage in usages.items()
+    }
     facts["classes"] = class_histogram(store)
     picture = args.png or args.store / "stats.png"
-    draw_stats(store, picture)
+    draw_stats(store, picture, usages)
     if args.json:
         print(json.dumps(facts))
         return 0

@@ -8,6 +8,7 @@ that imports torch.
 import dataclasses
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -81,8 +82,6 @@ class PretrainedModel(nn.Module):
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Uploads the model directory to the hub; returns its address. Needs a hub login."""
-        import tempfile
-
         api = HfApi()
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:

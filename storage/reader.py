@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from storage.schema import TABLE_SCHEMA, StoreMismatch, read_meta
+from storage.schema import SKIPPED_SCHEMA, TABLE_SCHEMA, StoreMismatch, read_meta
 from storage.shard import read_array, read_skipped, read_table
-from storage.writer import finished_shards
+from storage.writer import expected_shards, finished_shards
 
 
 class TokenStore:
@@ -63,11 +63,13 @@ class TokenStore:
             raise IndexError(f"rows {rows.min()}..{rows.max()}, the store has {len(self)}")
         spec = self.meta.arrays[column]
         result = np.empty((len(rows), *spec.shape), spec.dtype)
-        owner = np.searchsorted(self.offsets, rows, side="right") - 1
-        for index in np.unique(owner):
-            mine = owner == index
-            shard = self.shard_array(self.shards[index], column)
-            result[mine] = shard[rows[mine] - self.offsets[index]]
+        by_row = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[by_row], self.offsets)  # where each shard's rows begin
+        for index, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if end > first:
+                places = by_row[first:end]
+                shard = self.shard_array(self.shards[index], column)
+                result[places] = shard[rows[places] - self.offsets[index]]
         return result
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
@@ -83,4 +85,9 @@ class TokenStore:
 
     def skipped(self) -> pa.Table:
         """All rejected samples: key, source, reason."""
-        return pa.concat_tables([read_skipped(self.path / "shards" / n) for n in self.shards])
+        parts = [read_skipped(self.path / "shards" / name) for name in self.shards]
+        return pa.concat_tables([SKIPPED_SCHEMA.empty_table(), *parts])
+
+    def missing_shards(self) -> list[str]:
+        """Shards that were to be made (writer.expect_shards) and are not there."""
+        return sorted(expected_shards(self.path) - set(self.shards))

@@ -1,6 +1,7 @@
 """What a token store is: store.json as dataclasses, and the columns of a row.
 
 STORE/store.json                      StoreMeta: written once, never changed
+STORE/expected.json                   names of the shards it is to have, for `verify`
 STORE/shards/NAME/manifest.json       rows, files with sha256, chunk checksums
 STORE/shards/NAME/codes.zarr|.arrow   one file (or Zarr array) an array column: (rows, ...) integers
 STORE/shards/NAME/rows.parquet        everything else of a row, TABLE_SCHEMA
@@ -78,9 +79,13 @@ class StoreMeta:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything the codes depend on (not of backend or chunk size)."""
+        """sha256 of everything the codes depend on: not backend, chunk size, tokenizer's path."""
         content = dataclasses.asdict(self)
-        return fingerprint({k: v for k, v in content.items() if k not in ("backend", "chunk_rows")})
+        for name in ("backend", "chunk_rows"):
+            content.pop(name)
+        for tokenizer in content["tokenizers"].values():
+            tokenizer.pop("name")
+        return fingerprint(content)
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "fingerprint": self.fingerprint}
@@ -119,9 +124,15 @@ def meta_from_json(content: dict[str, Any]) -> StoreMeta:
 
 
 def first_difference(ours: StoreMeta, theirs: StoreMeta) -> str | None:
-    """The first field in which two metas differ, as `name: ours != theirs`, or None."""
+    """The first field in which two metas differ, as `name: ours != theirs`, or None.
+
+    The name of a tokenizer does not count: its fingerprint decides, wherever it lies.
+    """
     a, b = _flatten(ours.to_json()), _flatten(theirs.to_json())
-    for key in [key for key in sorted(a | b) if key != "fingerprint"]:
+    for key in sorted(a | b):
+        path = key.split(".")
+        if key == "fingerprint" or (path[0] == "tokenizers" and path[-1] == "name"):
+            continue
         if a.get(key) != b.get(key):
             return f"{key}: {a.get(key)!r} != {b.get(key)!r}"
     return None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from storage.reader import TokenStore
 
@@ -60,15 +61,13 @@ def class_histogram(store: TokenStore) -> dict[int, int]:
     return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 
 
-def draw_stats(store: TokenStore, path: Path) -> None:
-    """Writes a PNG: codebook usage by rank for every code column, and rows by class."""
-    from matplotlib.figure import Figure
-
-    columns = list(store.meta.tokenizers)
+def draw_stats(store: TokenStore, path: Path, usages: dict[str, dict[str, Any]]) -> None:
+    """Writes a PNG: codebook usage (of every code column) by rank, and rows by class."""
+    columns = list(usages)
     figure = Figure(figsize=(5 * (len(columns) + 1), 3.6), layout="constrained")
     panels = figure.subplots(1, len(columns) + 1)
     for panel, column in zip(panels, columns, strict=False):
-        usage = codebook_usage(store, column)
+        usage = usages[column]
         counts = np.sort(usage["counts"])[::-1]
         panel.fill_between(np.arange(len(counts)), counts / max(1, counts.sum()), step="mid")
         panel.axhline(1 / len(counts), color="0.4", lw=0.8, ls="--", label="uniform")

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from storage.atomic import atomic_directory
+from storage.atomic import atomic_directory, read_json, write_json
 from storage.schema import (
     SKIPPED_SCHEMA,
     TABLE_SCHEMA,
@@ -26,6 +26,8 @@ from storage.schema import (
     write_meta,
 )
 from storage.shard import MANIFEST, read_manifest, write_shard
+
+EXPECTED = "expected.json"
 
 
 def create_store(path: str | Path, meta: StoreMeta) -> StoreMeta:
@@ -48,6 +50,22 @@ def finished_shards(path: str | Path) -> dict[str, dict[str, Any]]:
     """Manifests of the shards that exist, by name, sorted."""
     folders = sorted(entry.parent for entry in Path(path, "shards").glob(f"*/{MANIFEST}"))
     return {folder.name: read_manifest(folder) for folder in folders}
+
+
+def expect_shards(path: str | Path, names: list[str]) -> None:
+    """Notes which shards a store is to have, beside those noted before; `verify` compares.
+
+    Every task of a run notes the same names, so it does not matter who is last.
+    """
+    noted = expected_shards(path)
+    if not noted.issuperset(names):
+        write_json(Path(path) / EXPECTED, {"shards": sorted(noted.union(names))})
+
+
+def expected_shards(path: str | Path) -> set[str]:
+    """The names noted by expect_shards; empty for a store where nobody did."""
+    file = Path(path) / EXPECTED
+    return set(read_json(file)["shards"]) if file.is_file() else set()
 
 
 class ShardWriter:

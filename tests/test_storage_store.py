@@ -2,12 +2,13 @@
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from storage.atomic import read_json
+from storage.atomic import atomic_directory, atomic_file, read_json
 from storage.reader import TokenStore
 from storage.schema import ArrayColumn, StoreMeta, StoreMismatch, Tokenizer
 from storage.stats import codebook_usage, store_sizes
@@ -293,3 +294,50 @@ def test_damaged_json_is_named(tmp_path, backend):
     path.write_text(path.read_text().replace('"resolution": 32', '"resolution": 64'))
     with pytest.raises(ValueError, match="store.json is damaged"):
         read_json(path)
+
+
+def test_a_deleted_shard_is_found(tmp_path, backend, capsys):
+    from storage.cli import main
+    from storage.writer import expect_shards
+
+    write_store(tmp_path, backend)
+    expect_shards(tmp_path, ["00000", "00001"])
+    expect_shards(tmp_path, ["00002"])
+    assert main(["verify", str(tmp_path)]) == 0
+    shutil.rmtree(tmp_path / "shards" / "00001")
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "00001" in capsys.readouterr().out
+    assert TokenStore(tmp_path).missing_shards() == ["00001"]
+
+
+def test_an_empty_store(tmp_path, backend):
+    create_store(tmp_path, make_meta(backend))
+    store = TokenStore(tmp_path)
+    assert len(store) == 0 and len(store.skipped()) == 0 and len(store.table()) == 0
+    assert store.read_codes(slice(None)).shape == (0, 16)
+
+
+def test_the_place_of_the_tokenizer_does_not_matter(tmp_path):
+    meta, moved = make_meta("zarr"), make_meta("zarr")
+    moved.tokenizers["codes"].name = "elsewhere/vq"
+    assert meta.fingerprint == moved.fingerprint
+    create_store(tmp_path, meta)
+    assert create_store(tmp_path, moved).tokenizers["codes"].name == "vq"
+
+
+def test_a_failing_writer_leaves_the_others_alone(tmp_path):
+    with atomic_directory(tmp_path / "a") as live:
+        (live / "file").write_text("x")
+        with pytest.raises(RuntimeError):
+            with atomic_directory(tmp_path / "a"):
+                raise RuntimeError
+    assert (tmp_path / "a" / "file").read_text() == "x"
+
+
+def test_a_missing_file_inside_atomic_file_is_an_error(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        with atomic_file(tmp_path / "a"):
+            open(tmp_path / "nowhere")
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
