@@ -11,6 +11,7 @@ import inspect
 import sys
 import textwrap
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +90,16 @@ def dump_config(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def changed_keys(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(full key, old, new) of every value that differs between two resolved configurations."""
+    for key in sorted({*before, *after}, key=str):
+        old, new = before.get(key), after.get(key)
+        if OmegaConf.is_dict(old) and OmegaConf.is_dict(new):
+            yield from changed_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
+
+
 def describe(schema: type) -> str:
     """All keys of a schema, one a line with type and default, and the sentence under each."""
     lines = ["Options: config=FILE.yaml, then key=value. ??? marks a required one.", ""]
@@ -133,7 +144,7 @@ def _merge_section(schema: type, given: dict[str, Any], prefix: str) -> Any:
         raise ConfigError(f"{key}: {str(error.msg or error).splitlines()[0]}") from None
 
 
-def _open_sections(config: Any, prefix: str = "") -> typing.Iterator[tuple[str, type, dict]]:
+def _open_sections(config: Any, prefix: str = "") -> Iterator[tuple[str, type, dict]]:
     """(full key, schema, value) of every open section of a config object."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -157,7 +168,7 @@ def _refuse_unknown(schema: type, given: Any, prefix: str = "") -> None:
             _refuse_unknown(typing.cast(type, section), value, f"{prefix}{key}.")
 
 
-def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, str, str, str]]:
+def _walk(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yields (full key, type, default, meaning) for every leaf of a dataclass tree."""
     hints, words = typing.get_type_hints(schema), _field_docs(schema)
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]

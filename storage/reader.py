@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from storage.fingerprint import fingerprint
 from storage.schema import SKIPPED_SCHEMA, TABLE_SCHEMA, StoreMismatch, read_meta
 from storage.shard import read_array, read_skipped, read_table
 from storage.writer import expected_shards, finished_shards
@@ -87,6 +88,11 @@ class TokenStore:
         """All rejected samples: key, source, reason."""
         parts = [read_skipped(self.path / "shards" / name) for name in self.shards]
         return pa.concat_tables([SKIPPED_SCHEMA.empty_table(), *parts])
+
+    def content_fingerprint(self, column: str = "codes") -> str:
+        """sha256 of what a column holds: the store's fingerprint and every chunk's checksum."""
+        chunks = {name: m["chunks"][column] for name, m in self.manifests.items()}
+        return fingerprint([self.meta.fingerprint, column, chunks])
 
     def missing_shards(self) -> list[str]:
         """Shards that were to be made (writer.expect_shards) and are not there."""

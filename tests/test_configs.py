@@ -11,7 +11,9 @@ from configs.load import ConfigError, build_section, dump_config, load_config, o
 from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.train_vq_config import TrainVQConfig
 from train_stage.config import TrainConfig
+from train_stage.demo import DemoConfig
 from train_stage.evaluate import EvaluateConfig
+from train_stage.generate import GenerateConfig
 from train_stage.transformer import MaskGitTransformerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +22,8 @@ SCHEMAS = {
     "train": TrainConfig,
     "train_vq": TrainVQConfig,
     "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "demo": DemoConfig,
 }
 
 

@@ -1,15 +1,18 @@
 """The whole way by the public commands: drawn images -> tokenizer -> store -> model -> PNGs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from store_factory import SIZES, make_store
 
 from storage.cli import main as store_command
 from storage.reader import TokenStore
 from tokenize_stage.encode import main as tokenize
 from tokenize_stage.train_vq import main as train_vq
+from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from train_stage.evaluate import main as evaluate
 from train_stage.generate import main as generate
 from train_stage.train import main as train
@@ -78,11 +81,7 @@ def test_images_to_pictures(tmp_path, monkeypatch):
     assert 0 <= results["generated_accuracy"] <= 1 and results["psnr"] > 5
 
 
-def test_a_model_is_only_decoded_by_its_own_tokenizer(tmp_path):
-    from store_factory import SIZES, make_store
-
-    from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
-
+def test_a_model_is_only_decoded_by_its_own_tokenizer(tmp_path, capsys):
     store = make_store(tmp_path)
     MaskGitVQGAN(**SIZES).save_pretrained(tmp_path / "other")
     run = [
@@ -93,20 +92,52 @@ def test_a_model_is_only_decoded_by_its_own_tokenizer(tmp_path):
     run += [f"dataset.train_store={store}", f"experiment.output_dir={tmp_path / 'run'}"]
     assert train([*run, "optimizer.params.learning_rate=1e-3"]) == 0
     out = [f"model={tmp_path / 'run/model'}", f"output_dir={tmp_path / 'out'}"]
-    with pytest.raises(SystemExit, match="the codes were made by .*vq_model="):
-        generate([*out, f"vq_model={tmp_path / 'other'}"])
-    with pytest.raises(SystemExit, match="class_ids=12: the model has classes 0..9"):
-        generate([*out, "class_ids=12"])
+    assert generate([*out, f"vq_model={tmp_path / 'other'}"]) == 2
+    assert re.search("the codes were made by .*vq_model=", capsys.readouterr().err)
+    assert generate([*out, "class_ids=12"]) == 2
+    assert "class_ids=12: the model has classes 0..9" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "holiday.png").write_bytes(b"x")
+    assert generate([*out, "images_per_class=1"]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    out[0] = f"model={tmp_path / 'run/checkpoint-1/unwrapped_model'}"
+    out[1] = f"output_dir={tmp_path / 'new'}"
+    assert generate([*out, "images_per_class=2", "class_ids=0-1"]) == 0
+    assert generate([*out, "images_per_class=1", "class_ids=0-1"]) == 0
+    assert len(list((tmp_path / "new").glob("*/*.png"))) == 2  # the earlier ones are gone
 
 
-def test_a_value_that_contradicts_the_store_is_refused(tmp_path):
-    from store_factory import make_store
-
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.transformer.codebook_size=1024"], "codebook_size=1024, but the store .* has 60"),
+        (["model.transformer.num_classes=5"], "num_classes=5, but the store has class ids up to 9"),
+        (["model.transformer.add_cross_attention=true"], "add_cross_attention"),
+        (["mask_schedule.schedule=cosin"], "mask schedule 'cosin'"),
+        (["mask_schedule.schedule=sigmoid", "mask_schedule.params.taw=2"], "taw"),
+        (["dataset.codes_column=cods"], r"codes_column=cods: the store has \['codes'\]"),
+        (["training.mixed_precision=fp16"], "fp16 needs a GPU"),
+        (["training.global_batch_size=10", "training.gradient_accumulation_steps=4"], "8 and 12"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, capsys, words, message):
     run = [f"dataset.train_store={make_store(tmp_path)}", f"experiment.output_dir={tmp_path}/run"]
     run += ["training.max_train_steps=1", "optimizer.params.learning_rate=1e-3"]
-    with pytest.raises(SystemExit, match="codebook_size=1024, but the store .* has 60"):
-        train([*run, "model.transformer.codebook_size=1024"])
-    with pytest.raises(SystemExit, match="num_classes=5, but the store has class ids up to 9"):
-        train([*run, "model.transformer.num_classes=5"])
-    with pytest.raises(SystemExit, match="mask schedule 'cosin'"):
-        train([*run, "mask_schedule.schedule=cosin"])
+    assert train([*run, *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "experiment.log_every=0",
+        "training.batch_size=0",
+        "training.label_smoothing=5",
+        "training.cond_dropout_prob=10",
+    ],
+)
+def test_values_out_of_range_are_refused(capsys, word):
+    with pytest.raises(SystemExit) as error:
+        run = ["dataset.train_store=x", "experiment.output_dir=y", "training.max_train_steps=1"]
+        train([*run, "optimizer.params.learning_rate=1", word])
+    assert error.value.code == 2 and word in capsys.readouterr().err

@@ -35,9 +35,8 @@ def test_imports_follow_the_layers(path):
         top = name.split(".")[0]
         if top not in OURS or top == package or top in ALLOWED[package]:
             continue
-        through_pictures = path.name == "pictures.py" and name.startswith("tokenize_stage.vq")
-        from_the_top = name == "tokenize_stage" and path.name == "pictures.py"
-        assert through_pictures or from_the_top, f"{path} imports {name}"
+        pixels = name.startswith(("tokenize_stage.vq", "tokenize_stage.pixels"))
+        assert path.name == "pictures.py" and pixels, f"{path} imports {name}"
 
 
 def test_storage_needs_torch_only_for_model_directories():

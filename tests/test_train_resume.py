@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from store_factory import make_store
 
@@ -48,6 +51,7 @@ def arguments(store, run, *extra):
 def child(argv, kill_before_step, send):
     """Trains in this process; `send` this signal to itself before that step."""
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what the parent may have had
     real = train_stage.train.training_step
 
     def step_or_die(run, window):
@@ -98,17 +102,33 @@ def test_killed_at_a_step(store, undisturbed, tmp_path, step):
 
 
 def test_killed_at_random_moments(store, undisturbed, tmp_path):
-    """Again and again, in steps, in the middle of writing checkpoints, and in starting up."""
+    """Again and again: in starting up, in steps, in the middle of writing checkpoints."""
     argv, rng = arguments(store, tmp_path / "run", "experiment.save_every=1"), random.Random(0)
-    for _ in range(12):
+    begun = time.monotonic()
+    assert run_to_end(arguments(store, tmp_path / "timed", "experiment.save_every=1")) == 0
+    whole = time.monotonic() - begun
+    kept = []
+    for _ in range(10):
         process = start(argv)
-        process.join(timeout=rng.uniform(0.05, 0.6))
+        process.join(timeout=rng.uniform(0.4, 1.0) * whole)
         process.kill()
         process.join()
+        kept.append(len(list((tmp_path / "run").glob("checkpoint-*"))))
+    assert any(kept)  # it had come as far as writing checkpoints
     assert run_to_end(argv) == 0
     assert outcome(tmp_path / "run") == undisturbed
-    left = [path.name for path in (tmp_path / "run").iterdir()]
-    assert not [name for name in left if name.startswith(".") and name != ".staging"]
+    assert not (tmp_path / "run" / ".staging").exists()
+
+
+def test_log_lines_that_span_a_kill(store, tmp_path):
+    """The sums of a log line survive, too."""
+    outcomes = []
+    for kill in (None, 8):
+        argv = arguments(store, tmp_path / f"run-{kill}", "experiment.log_every=5")
+        run_to_end(argv, kill_before_step=kill)
+        assert run_to_end(argv) == 0
+        outcomes.append(outcome(tmp_path / f"run-{kill}"))
+    assert outcomes[0] == outcomes[1] and len(outcomes[0][1]) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -141,6 +161,8 @@ def test_checkpoints_are_whole_and_limited(store, tmp_path):
     files = {str(p.relative_to(run / "checkpoint-9")) for p in (run / "checkpoint-9").rglob("*.*")}
     assert files == {
         "unwrapped_model/config.json",
+        "unwrapped_model/codes.json",
+        "ema_model/codes.json",
         "unwrapped_model/model.safetensors",
         "ema_model/config.json",
         "ema_model/model.safetensors",
@@ -150,15 +172,60 @@ def test_checkpoints_are_whole_and_limited(store, tmp_path):
     }
 
 
+def refused(argv, capfd):
+    """The one line of an error, with exit status 2."""
+    assert train_stage.train.main(argv) == 2
+    return capfd.readouterr().err.strip().splitlines()[-1]
+
+
 def test_resume_choices(store, tmp_path, capfd):
     run = tmp_path / "run"
     assert run_to_end(arguments(store, run)) == 0
-    with pytest.raises(SystemExit, match="checkpoints of another run"):
-        train_stage.train.main(arguments(store, run, "experiment.resume_from_checkpoint=null"))
-    with pytest.raises(SystemExit, match="checkpoint-12"):
-        train_stage.train.main(arguments(store, run, "experiment.resume_from_checkpoint=nowhere"))
-    with pytest.raises(SystemExit, match="seed was 42, is now 1"):
-        train_stage.train.main(arguments(store, run, "training.seed=1"))
+    again = arguments(store, run)
+    resume = "experiment.resume_from_checkpoint"
+    assert "checkpoints of another run" in refused([*again, f"{resume}=null"], capfd)
+    assert "checkpoint-12" in refused([*again, f"{resume}=nowhere"], capfd)
+    assert "seed was 42, is now 1" in refused([*again, "training.seed=1"], capfd)
+    early = f"{resume}={run / 'checkpoint-9'}"
+    assert "choose another experiment.output_dir" in refused([*again, early], capfd)
+    branch = arguments(store, tmp_path / "branch", early)
+    assert run_to_end(branch) == 0
+    assert outcome(tmp_path / "branch")[0] == outcome(run)[0]
+
+
+def test_changed_options_are_said_and_recorded(store, tmp_path):
+    run = tmp_path / "run"
+    assert run_to_end(arguments(store, run)) == 0
+    more = arguments(store, run, "training.max_train_steps=14", "training.max_grad_norm=0.5")
+    assert run_to_end(more) == 0
+    assert "max_train_steps: 14" in (run / "config.yaml").read_text()
+    assert len(outcome(run)[1]) == 14
+
+
+def test_other_data_is_refused(store, tmp_path, capfd):
+    assert run_to_end(arguments(store, tmp_path / "run")) == 0
+    other = make_store(tmp_path, rows=300, classes=9)
+    shutil.rmtree(tmp_path / "vq")
+    assert "cannot go on: content was" in refused(arguments(other, tmp_path / "run"), capfd)
+
+
+@pytest.mark.parametrize("name", ["training_state.pt", "unwrapped_model/model.safetensors"])
+def test_a_damaged_checkpoint_is_named(store, tmp_path, capfd, name):
+    run = tmp_path / "run"
+    assert run_to_end(arguments(store, run)) == 0
+    path = run / "checkpoint-12" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert f"{name} is damaged" in refused(arguments(store, run), capfd)
+
+
+def test_divergence_stops_and_spares_the_checkpoints(store, tmp_path):
+    run = tmp_path / "run"
+    assert run_to_end(arguments(store, run)) == 0
+    wild = ["training.max_train_steps=40", "optimizer.params.learning_rate=1e30"]
+    assert run_to_end(arguments(store, run, *wild, "experiment.log_every=100")) == 2
+    assert (run / "checkpoint-12").is_dir() and not list(run.glob("checkpoint-[2-4]?"))
 
 
 def launch(processes, argv, port):
@@ -166,20 +233,29 @@ def launch(processes, argv, port):
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
         f"--master-port={port}", "-m", "train_stage.train", *argv,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[1]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_two_processes_equal_one(store, tmp_path):
-    """gloo on two CPU processes, with accumulation: the same loss curve as one process."""
-    same = ["training.global_batch_size=16", "training.batch_size=4"]
-    dropout = ["model.transformer.hidden_dropout=0", "model.transformer.attention_dropout=0"]
-    port = 20000 + (os.getpid() + int(time.time())) % 10000
-    launch(2, arguments(store, tmp_path / "two", *same, *dropout), port)
-    one = arguments(store, tmp_path / "one", "training.global_batch_size=16", *dropout)
+    """gloo on two CPU processes, with accumulation: the same loss curve as one process.
+
+    And a run that one process began and was killed goes on with two, with the same batches.
+    """
+    same = ["training.global_batch_size=16", "model.transformer.hidden_dropout=0"]
+    same += ["model.transformer.attention_dropout=0"]
+    one, two = (arguments(store, tmp_path / name, *same) for name in ("one", "two"))
     assert run_to_end(one) == 0
+    assert run_to_end(two, kill_before_step=7) == -signal.SIGKILL
+    launch(2, [*two, "training.batch_size=4"], free_port())
     weights = [
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")
     ]
@@ -188,3 +264,27 @@ def test_two_processes_equal_one(store, tmp_path):
         assert theirs == pytest.approx(ours, rel=1e-4)
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_signal_to_one_of_two_stops_both(store, tmp_path):
+    """Only one process gets SIGUSR1; both save at the same step."""
+    run = tmp_path / "run"
+    argv = arguments(store, run, "training.max_train_steps=100000", "experiment.save_every=0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "train_stage.train", *argv],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    metrics, patience = run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < patience:
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGUSR1)
+    assert [process.wait(timeout=60) for process in processes] == [EXIT_SAVED, EXIT_SAVED]
+    assert len(list(run.glob("checkpoint-*"))) == 1

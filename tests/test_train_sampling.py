@@ -63,6 +63,19 @@ def test_inpainting_keeps_what_is_known(model):
     assert torch.equal(codes[known], given[known]) and codes.max() < 60
 
 
+def test_a_row_without_masks_stays_as_it_is(model):
+    given = torch.randint(0, 60, (2, 16))
+    ids = given.clone()
+    ids[0] = model.mask_token_id
+    codes = generate(model, class_ids=torch.tensor([0, 1]), input_ids=ids, generator=seeded())
+    assert torch.equal(codes[1], given[1])
+
+
+def test_without_condition(model):
+    codes = generate(model, rows=3, guidance_scale=3.0, timesteps=3, generator=seeded())
+    assert codes.shape == (3, 16) and codes.max() < 60
+
+
 def test_temperature_is_the_closed_form(model, monkeypatch):
     """temperature * (1 - r); the reference multiplies it up step by step."""
     import train_stage.sampling as sampling
@@ -112,3 +125,5 @@ def test_refusals(model):
         model.generate(class_ids=torch.tensor([10]))
     with pytest.raises(ValueError, match="nothing to generate from"):
         model.generate()
+    with pytest.raises(ValueError, match="cumulativ"):
+        model.generate(class_ids=torch.tensor([1]), temperature_decay="cumulativ")

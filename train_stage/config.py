@@ -10,9 +10,16 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from configs.load import ConfigError, build_section, open_section
-from storage.schema import StoreMeta
+from storage.schema import StoreMeta, Tokenizer
 from train_stage.loader import check_divides
 from train_stage.transformer import MaskGitTransformerConfig
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raises ValueError, naming the key, for a value outside [low, high]."""
+    if not low <= value <= high:
+        legal = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
+        raise ValueError(f"{name}={value}: legal are {legal}")
 
 
 @dataclass
@@ -45,6 +52,11 @@ class ExperimentConfig:
     """Steps between log lines."""
     resume_from_checkpoint: str | None = "latest"
     """"latest" (start when there is none), the path of a checkpoint, or null to start anew."""
+
+    def __post_init__(self) -> None:
+        check_range("experiment.log_every", self.log_every, 1)
+        for name in ("save_every", "eval_every", "generate_every"):
+            check_range(f"experiment.{name}", getattr(self, name), 0)
 
 
 @dataclass
@@ -181,6 +193,12 @@ class TrainingConfig:
     max_grad_norm: float | None = 1.0
     """Clip the gradient's norm to this; null for no clipping."""
 
+    def __post_init__(self) -> None:
+        check_range("training.batch_size", self.batch_size, 1)
+        check_range("training.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        for name in ("label_smoothing", "cond_dropout_prob", "min_masking_rate"):
+            check_range(f"training.{name}", getattr(self, name), 0, 1)
+
 
 @dataclass
 class GenerationConfig:
@@ -214,12 +232,12 @@ def transformer_fields(
 ) -> dict[str, Any]:
     """The transformer's keywords: what was given, and codes, positions, classes from the store.
 
-    largest_class_id: of the rows, -1 when they have none. Raises ConfigError for a column without
-    tokenizer or a value that contradicts the store.
+    largest_class_id: of the rows, -1 when they have none. Raises ConfigError for a value that
+    contradicts the store.
     """
-    if column not in meta.tokenizers:
-        raise ConfigError(f"dataset.codes_column {column!r}: the store has {list(meta.tokenizers)}")
-    tokenizer = meta.tokenizers[column]
+    if given.get("add_cross_attention"):
+        raise ConfigError("model.transformer.add_cross_attention=true: stores hold no text states")
+    tokenizer = tokenizer_of(meta, column)
     height, width = tokenizer.grid
     derived = {"codebook_size": tokenizer.codebook_size, "num_vq_tokens": height * width}
     names = meta.transform.get("class_names") or []
@@ -239,6 +257,13 @@ def transformer_fields(
         )
     build_section(MaskGitTransformerConfig, fields, "model.transformer")
     return fields
+
+
+def tokenizer_of(meta: StoreMeta, column: str) -> Tokenizer:
+    """The tokenizer of a column of codes. Raises ConfigError naming the columns there are."""
+    if column not in meta.tokenizers:
+        raise ConfigError(f"dataset.codes_column={column}: the store has {list(meta.tokenizers)}")
+    return meta.tokenizers[column]
 
 
 def split_batch(config: TrainingConfig, processes: int) -> tuple[int, int]:

@@ -72,16 +72,12 @@ class EMA:
             parameter.copy_(self._stored[name])
         self._stored = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything resume needs: shadow and the number of calls."""
-        return {
-            "shadow": self.shadow,
-            "optimization_step": self.optimization_step,
-            "last_decay": self.last_decay,
-        }
+    def counters(self) -> dict[str, Any]:
+        """What resume needs beside the shadow."""
+        return {"optimization_step": self.optimization_step, "last_decay": self.last_decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what state_dict gave; the shadow stays on its device."""
+        """Restores counters() and "shadow", a tensor a name; the shadow stays on its device."""
         for name, shadow in self.shadow.items():
             shadow.copy_(state["shadow"][name])
         self.optimization_step = state["optimization_step"]

@@ -2,12 +2,15 @@
 
     muse-generate model=runs/demo/train/model output_dir=runs/demo/generated class_ids=0,3 seed=7
 
-Writes OUT/<class_id>/<index>.png, OUT/grid.png and OUT/generate.json (every setting used).
+Writes OUT/<class_id>/<index>.png, OUT/grid.png and OUT/generate.json (every setting used);
+the pictures of an earlier run in OUT are replaced.
 """
 
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from omegaconf import MISSING
@@ -16,11 +19,15 @@ from tqdm import tqdm
 
 from configs.load import load_command_config
 from storage.atomic import read_json, write_json
-from storage.schema import meta_from_json
+from storage.schema import Tokenizer
 from train_stage import pictures
+from train_stage.checkpoint import CODES
+from train_stage.devices import pick_device
 from train_stage.order import hash_words
 from train_stage.sampling import generate
 from train_stage.transformer import MaskGitTransformer
+
+SETTINGS = "generate.json"
 
 
 @dataclass
@@ -43,7 +50,7 @@ class GenerateConfig:
     """Decoding steps."""
     mask_schedule: str = "cosine"
     """How many codes stay masked at each step."""
-    temperature_decay: str = "linear"
+    temperature_decay: Literal["linear", "cumulative"] = "linear"
     """linear, or cumulative as in the reference's released code."""
     batch_size: int = 64
     """Pictures at once."""
@@ -56,22 +63,27 @@ class GenerateConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Generates, decodes and writes pictures; returns 0."""
+    """Generates, decodes and writes pictures; returns the exit status (2: refused)."""
     config = load_command_config(GenerateConfig, argv, __doc__ or "")
     try:
         run(config)
     except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 def run(config: GenerateConfig) -> None:
     """What main does, with errors as exceptions."""
-    device = torch.device(pick_device(config.device))
+    out, device = Path(config.output_dir), pick_device(config.device)
+    check_replaceable(out)
     model = MaskGitTransformer.from_pretrained(config.model).to(device)
     vq, class_names = load_tokenizer(config, device)
     classes = parse_class_ids(config.class_ids, model.config.num_classes or 1)
-    out = Path(config.output_dir)
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    write_json(out / SETTINGS, asdict(config))  # first: it marks the folder as ours to replace
     rows = []
     for class_id in tqdm(classes, desc="generate", unit="class", disable=None):
         codes = generate_class(model, class_id, config)
@@ -81,23 +93,28 @@ def run(config: GenerateConfig) -> None:
         rows.append(images[: config.grid_columns])
     labels = [class_names[c] if class_names else str(c) for c in classes]
     pictures.save_grid(torch.cat(rows), out / "grid.png", len(rows[0]), labels)
-    write_json(out / "generate.json", asdict(config))
     print(f"{len(classes) * config.images_per_class:,} pictures: {out}\ngrid: {out / 'grid.png'}")
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuses a folder with anything but an earlier run's pictures: those are replaced."""
+    if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+        raise ValueError(f"output_dir={out} holds other files: choose a new or empty folder")
 
 
 def load_tokenizer(
     config: GenerateConfig, device: torch.device
 ) -> tuple[pictures.VQModel, list[str]]:
     """The VQ model and class names; refuses a tokenizer that did not make the training codes."""
-    record = Path(config.model) / "store.json"
-    meta = meta_from_json(read_json(record)) if record.is_file() else None
-    if meta is None and config.vq_model is None:
+    record = Path(config.model) / CODES
+    codes = read_json(record) if record.is_file() else None
+    if codes is None and config.vq_model is None:
         raise ValueError(f"{config.model} does not say which tokenizer it needs: give vq_model=…")
-    tokenizer = next(iter(meta.tokenizers.values())) if meta is not None else None
+    tokenizer = Tokenizer(**codes["tokenizer"]) if codes is not None else None
     vq = pictures.load_vq(config.vq_model or tokenizer.name, device)  # type: ignore[union-attr]
     if tokenizer is not None:
         pictures.check_tokenizer(vq, tokenizer)
-    return vq, (meta.transform.get("class_names") or []) if meta is not None else []
+    return vq, codes["class_names"] if codes is not None else []
 
 
 def generate_class(model: MaskGitTransformer, class_id: int, config: GenerateConfig) -> Tensor:
@@ -107,17 +124,16 @@ def generate_class(model: MaskGitTransformer, class_id: int, config: GenerateCon
     left, parts = config.images_per_class, []
     while left:
         rows = min(left, config.batch_size)
-        conditional = bool(model.config.num_classes)
-        blank = torch.full((rows, model.config.num_vq_tokens), model.mask_token_id, device=device)
+        class_ids = torch.full((rows,), class_id, device=device)
         codes = generate(
             model,
-            class_ids=torch.full((rows,), class_id, device=device) if conditional else None,
-            input_ids=None if conditional else blank,
+            class_ids=class_ids if model.config.num_classes else None,
+            rows=rows,
             temperature=config.temperature,
             timesteps=config.timesteps,
-            guidance_scale=config.guidance_scale if conditional else 0.0,
+            guidance_scale=config.guidance_scale,
             noise_schedule=config.mask_schedule,
-            temperature_decay=config.temperature_decay,  # type: ignore[arg-type]
+            temperature_decay=config.temperature_decay,
             generator=generator,
         )
         parts.append(codes)
@@ -139,11 +155,6 @@ def parse_class_ids(text: str, classes: int) -> list[int]:
     if beyond or not chosen:
         raise ValueError(f"class_ids={text}: the model has classes 0..{classes - 1}")
     return chosen
-
-
-def pick_device(name: str) -> str:
-    """ "auto" as a device name."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 if __name__ == "__main__":

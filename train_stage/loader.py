@@ -53,7 +53,7 @@ class TokenLoader:
         self.rank, self.world_size = rank, world_size
         self.rows = min(len(store), max_rows or len(store))
         self.total_rows = len(store)
-        self.meta, self.column = store.meta, column
+        self.meta, self.content = store.meta, store.content_fingerprint(column)
         self.step = 0
         self._codes = store.read_codes(slice(None), column)  # (rows, N)
         self._class_ids = store.read_column("class_id").astype(np.int64)
@@ -108,7 +108,7 @@ class TokenLoader:
             "global_batch_size": self.global_batch_size,
             "seed": self.seed,
             "rows": self.rows,
-            "fingerprint": self.meta.fingerprint,
+            "content": self.content,
         }
 
 

@@ -13,20 +13,14 @@ IGNORE = -100
 BUCKETS = 10  # of the share of masked codes: (0, .1], (.1, .2], … (.9, 1]
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weight: Tensor | None = None
-) -> Tensor:
-    """Mean cross-entropy over scored codes; logits (B, N, V), labels (B, N).
-
-    weight (B, N): sum(loss * weight) / sum(weight) over *all* codes, as published.
-    """
-    flat = (logits.flatten(0, -2), labels.flatten())
-    if weight is None:
-        return F.cross_entropy(*flat, ignore_index=IGNORE, label_smoothing=label_smoothing)
-    losses = F.cross_entropy(
-        *flat, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="none"
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over scored codes; logits (B, N, V), labels (B, N)."""
+    return F.cross_entropy(
+        logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORE,
+        label_smoothing=label_smoothing,
     )
-    return (losses * weight.flatten()).sum() / weight.sum()
 
 
 def soft_target_cross_entropy(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:
@@ -55,10 +49,10 @@ class MaskedLoss(nn.Module):
         self.model: Any  # a module with hidden_states and logits
         self.model, self.label_smoothing = model, label_smoothing
 
-    def forward(self, input_ids: Tensor, labels: Tensor, **condition: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """{"losses": (M,) smoothed, "plain": (M,) unsmoothed, "correct": (M,)}, row by row."""
         scored = labels != IGNORE  # (B, T)
-        hidden = self.model.hidden_states(input_ids, **condition)
+        hidden = self.model.hidden_states(input_ids)
         if hidden.shape[1] == labels.shape[1]:
             logits = self.model.logits(hidden[scored])  # (M, V)
         else:  # codes grouped into patches: the head needs the whole grid

@@ -5,6 +5,7 @@ In training t is uniform; in sampling t is the share of decoding steps done. MUS
 schedule of that name in MaskGIT's ablation, γ(t) = 2 arccos(t) / π.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -59,7 +60,7 @@ def get_mask_schedule(name: str, **params: float) -> Schedule:
 
     params go to the schedule (sigmoid: start, end, tau, clip_min). Raises ValueError otherwise.
     """
-    if name.startswith("pow"):
+    if name.startswith("pow") and not params:
         try:
             exponent = float(name.removeprefix("pow"))
         except ValueError:
@@ -69,4 +70,9 @@ def get_mask_schedule(name: str, **params: float) -> Schedule:
         return lambda t: pow_schedule(t, exponent)
     if name not in SCHEDULES:
         raise ValueError(f"mask schedule {name!r}: legal are {', '.join(SCHEDULES)}, pow<number>")
-    return lambda t: SCHEDULES[name](t, **params)
+    schedule = SCHEDULES[name]
+    try:
+        inspect.signature(schedule).bind(None, **params)
+    except TypeError as error:
+        raise ValueError(f"mask schedule {name}, params {params}: {error}") from None
+    return lambda t: schedule(t, **params)

@@ -2,7 +2,8 @@
 
 Masks and dropped conditions are drawn for the whole global batch from (seed, step), then sliced;
 the loss is a sum over this process's codes divided by the count over all. Nothing but (seed,
-step) decides what is random, so a resumed run needs no generator state.
+step) decides what is random, so a resumed run needs no generator state. (Draws are made on the
+device, so CPU and GPU runs differ; dropout also depends on the process.)
 """
 
 import random
@@ -69,7 +70,7 @@ def mask_batch(
         size, mask_id = model.config.codebook_size, model.mask_token_id
         token = class_tokens(class_ids, dropped[mine], size, mask_id)
         input_ids, labels = prepend_token(input_ids, labels, token)
-    return MaskedBatch(input_ids, labels, int(draw.mask.sum()))  # .sum(): one sync a step on a GPU
+    return MaskedBatch(input_ids, labels, int(draw.mask.sum()))  # a sync on a GPU
 
 
 def backward(
@@ -92,7 +93,7 @@ def backward(
 
 @dataclass
 class Sums:
-    """Running sums for the log, kept on the device so that no step waits for them."""
+    """Running sums for the log, kept on the device until a log line needs them."""
 
     loss: Tensor  # () what is minimised (smoothed)
     plain: Tensor  # () cross-entropy in nats
@@ -122,6 +123,12 @@ class Sums:
         """Adds another's sums."""
         for name, value in vars(other).items():
             getattr(self, name).add_(value)
+
+    @classmethod
+    def from_flat(cls, flat: Tensor) -> "Sums":
+        """flat() backwards."""
+        parts = flat.split([1, 1, 1, BUCKETS, BUCKETS])
+        return cls(*(part.squeeze() if len(part) == 1 else part for part in parts))
 
     def flat(self) -> Tensor:
         """All sums as one vector, for one all-reduce and one copy to the host."""

@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+EXIT_REFUSED = 2
 EXIT_SAVED = 75  # "saved, not finished": run the same command again (EX_TEMPFAIL)
 
 

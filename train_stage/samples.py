@@ -27,7 +27,8 @@ class SampleWriter:
         """Writes RUN/samples/step-….png, from the averaged weights where there are any."""
         path = run / "samples" / f"step-{step:08d}.png"
         options, device = self.options, next(model.parameters()).device
-        classes = min(options.classes, model.config.num_classes or 1)
+        known = model.config.num_classes or 0
+        classes = min(options.classes, known) or 1
         class_ids = torch.arange(classes, device=device).repeat_interleave(options.images_per_class)
         was_training = model.training
         model.eval()
@@ -36,11 +37,11 @@ class SampleWriter:
         try:
             codes = generate(
                 model,
-                class_ids=class_ids if model.config.num_classes else None,
-                input_ids=None if model.config.num_classes else _all_masks(model, len(class_ids)),
+                class_ids=class_ids if known else None,
+                rows=len(class_ids),
                 temperature=options.temperature,
                 timesteps=options.timesteps,
-                guidance_scale=options.guidance_scale if model.config.num_classes else 0.0,
+                guidance_scale=options.guidance_scale,
                 generator=torch.Generator(device).manual_seed(self.seed),
             )
         finally:
@@ -51,9 +52,3 @@ class SampleWriter:
         grid = pictures.decode_codes(self.vq, codes)
         pictures.save_grid(grid, path, options.images_per_class, labels)
         return path
-
-
-def _all_masks(model: MaskGitTransformer, rows: int) -> torch.Tensor:
-    device = next(model.parameters()).device
-    shape = (rows, model.config.num_vq_tokens)
-    return torch.full(shape, model.mask_token_id, device=device)

@@ -4,13 +4,14 @@ Start from all masks; at every decoding step predict all codes, keep the most co
 rest again, fewer each time by the mask schedule. B images, N codes, K codebook size, V outputs.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from train_stage.mask_schedule import Schedule, get_mask_schedule
 
+TemperatureDecay = Literal["linear", "cumulative"]
 TINY = 1e-20
 
 
@@ -25,48 +26,48 @@ def generate(
     timesteps: int = 18,
     guidance_scale: float = 0.0,
     noise_schedule: str | Schedule = "cosine",
-    temperature_decay: Literal["linear", "cumulative"] = "linear",
+    temperature_decay: TemperatureDecay = "linear",
+    rows: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Codes (B, N) int64 in [0, K) from a MaskGitTransformer.
 
     class_ids (B,) or encoder_hidden_states (B, S, width) say what; input_ids (B, N) with mask ids
-    marks what to fill in (in-painting), the rest is kept. guidance_scale g > 0 samples from
+    marks what to fill in (in-painting), the rest is kept; without any of them, `rows` images are
+    drawn without condition. guidance_scale g > 0 samples from
     u + g (c - u), u being the logits without condition: the mask id in the class position, or
     negative_embeds (zeros when not given). temperature scales the Gumbel noise on the confidence;
     at ratio r of the steps it is temperature * (1 - r), or, "cumulative", the running product of
     (1 - r) that the reference computes. The generator lives on the model's device or on the CPU.
-    Raises ValueError when there is no condition to take the batch size from.
+    Raises ValueError when nothing says how many images, for class ids the model does not have,
+    and for an unknown schedule or decay.
     """
-    condition = _condition(model, class_ids, encoder_hidden_states, input_ids)
-    schedule = (
-        get_mask_schedule(noise_schedule) if isinstance(noise_schedule, str) else noise_schedule
-    )
-    config, mask_id, device = model.config, model.mask_token_id, condition.device
-    length = config.num_vq_tokens
+    if temperature_decay not in get_args(TemperatureDecay):
+        raise ValueError(f"temperature_decay={temperature_decay!r}: linear or cumulative")
+    check_classes(model, class_ids)
+    schedule, size = as_schedule(noise_schedule), model.config.codebook_size
+    mask_id, length = model.mask_token_id, model.config.num_vq_tokens
+    if class_ids is None and encoder_hidden_states is None:
+        guidance_scale = 0.0  # nothing to guide towards
     if input_ids is None:
-        input_ids = torch.full((len(condition), length), mask_id, device=device)
-    codes, running = input_ids, temperature
+        input_ids = all_masks(model, class_ids, encoder_hidden_states, rows)
+    codes, running = input_ids, 1.0
     for step in range(timesteps):
         logits = guided_logits(
             model, input_ids, class_ids, encoder_hidden_states, negative_embeds, guidance_scale
         )
-        probabilities = logits[..., : config.codebook_size].float().softmax(-1)  # (B, N, K)
+        probabilities = logits[..., :size].float().softmax(-1)  # (B, N, K)
         hidden = input_ids == mask_id
         codes = torch.where(hidden, sample_codes(probabilities, generator), input_ids)
         if step == timesteps - 1:
             break
         ratio = (step + 1) / timesteps
-        running = temperature * (1.0 - ratio)
-        if temperature_decay == "cumulative":
-            running = temperature = running
-        keep_masked = (length * schedule(torch.tensor(ratio))).floor().long().to(device)
-        known = hidden.sum(-1, keepdim=True) - 1  # at least one code is settled in every step
-        mask_len = torch.minimum(known, keep_masked).clamp(min=1)  # (B, 1)
-        chosen = probabilities.gather(-1, codes.unsqueeze(-1).clamp(max=config.codebook_size - 1))
-        confidence = torch.where(hidden, chosen.squeeze(-1), torch.finfo(chosen.dtype).max)
-        remask = mask_by_random_topk(mask_len, confidence, running, generator)
-        input_ids = torch.where(remask, mask_id, codes)
+        running = running * (1.0 - ratio) if temperature_decay == "cumulative" else 1.0 - ratio
+        left = int((length * schedule(torch.tensor(ratio))).floor())
+        confidence = chosen_probabilities(probabilities, codes, hidden)
+        mask_len = (hidden.sum(-1, keepdim=True) - 1).clamp(max=left).clamp(min=1)  # (B, 1)
+        again = mask_by_random_topk(mask_len, confidence, temperature * running, generator)
+        input_ids = torch.where(again, mask_id, codes)
     return codes
 
 
@@ -87,13 +88,10 @@ def generate_by_score(
     The least probable codes are hidden, top-k filtered logits are sampled with Gumbel noise, and
     every position gets a new score.
     """
-    condition = _condition(model, class_ids, encoder_hidden_states, None)
-    schedule = (
-        get_mask_schedule(noise_schedule) if isinstance(noise_schedule, str) else noise_schedule
-    )
-    config, mask_id, device = model.config, model.mask_token_id, condition.device
-    ids = torch.full((len(condition), config.num_vq_tokens), mask_id, device=device)
-    scores = torch.zeros(ids.shape, device=device)
+    check_classes(model, class_ids)
+    schedule, config, mask_id = as_schedule(noise_schedule), model.config, model.mask_token_id
+    ids = all_masks(model, class_ids, encoder_hidden_states, None)
+    scores = torch.zeros(ids.shape, device=ids.device)
     for step, t in enumerate(torch.linspace(0, 1, timesteps)):
         count = max(int((schedule(t) * config.num_vq_tokens).item()), 1)
         ids = ids.scatter(1, scores.topk(count, dim=-1).indices, mask_id)
@@ -136,6 +134,18 @@ def guided_logits(
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + guidance_scale * (conditional - unconditional)
     return logits
+
+
+def chosen_probabilities(probabilities: Tensor, codes: Tensor, hidden: Tensor) -> Tensor:
+    """The probability of each chosen code, infinite where it was known before: (B, N)."""
+    last = probabilities.shape[-1] - 1
+    chosen = probabilities.gather(-1, codes.clamp(max=last).unsqueeze(-1)).squeeze(-1)
+    return torch.where(hidden, chosen, torch.inf)
+
+
+def as_schedule(schedule: str | Schedule) -> Schedule:
+    """A schedule by name, or as it is."""
+    return get_mask_schedule(schedule) if isinstance(schedule, str) else schedule
 
 
 def sample_codes(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -188,20 +198,25 @@ def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     return torch.full_like(logits, float("-inf")).scatter(-1, places, values)
 
 
-def _condition(
-    model: Any, class_ids: Tensor | None, text: Tensor | None, input_ids: Tensor | None
+def check_classes(model: Any, class_ids: Tensor | None) -> None:
+    """Refuses class ids that the model does not have."""
+    if class_ids is None or not len(class_ids):
+        return
+    classes = model.config.num_classes
+    if not classes:
+        raise ValueError("class_ids given, but the model has no classes (num_classes is null)")
+    if not (0 <= int(class_ids.min()) and int(class_ids.max()) < classes):
+        found = sorted(set(class_ids.tolist()))
+        raise ValueError(f"class_ids {found[:8]}: the model has classes 0..{classes - 1}")
+
+
+def all_masks(
+    model: Any, class_ids: Tensor | None, text: Tensor | None, rows: int | None
 ) -> Tensor:
-    """The tensor the batch size and device come from; what is given must suit the model."""
-    if class_ids is not None:
-        classes = model.config.num_classes
-        if not classes:
-            raise ValueError("class_ids given, but the model has no classes (num_classes is null)")
-        if len(class_ids) and not (0 <= int(class_ids.min()) and int(class_ids.max()) < classes):
-            found = sorted(set(class_ids.tolist()))
-            raise ValueError(f"class_ids {found[:8]}: the model has classes 0..{classes - 1}")
-    given = [value for value in (class_ids, text, input_ids) if value is not None]
-    if not given:
-        raise ValueError(
-            "nothing to generate from: give class_ids, encoder_hidden_states or input_ids"
-        )
-    return given[0]
+    """The start of decoding, one row of mask ids an image: (B, N)."""
+    given = class_ids if class_ids is not None else text
+    if given is None and rows is None:
+        raise ValueError("nothing to generate from: give class_ids, encoder_hidden_states or rows")
+    count = rows if given is None else len(given)
+    device = next(model.parameters()).device if given is None else given.device
+    return torch.full((count, model.config.num_vq_tokens), model.mask_token_id, device=device)

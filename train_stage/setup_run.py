@@ -2,23 +2,27 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_wandb_available
+from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from configs.load import dump_config
+from configs.load import changed_keys, dump_config
 from storage.atomic import atomic_file
 from storage.pretrained import find_model, load_strictly, read_weights
 from storage.reader import TokenStore
 from storage.schema import StoreMismatch
 from train_stage.checkpoint import choose_checkpoint, load_checkpoint
-from train_stage.config import TrainConfig, split_batch, transformer_fields
+from train_stage.config import TrainConfig, split_batch, tokenizer_of, transformer_fields
 from train_stage.ema import EMA
 from train_stage.loader import TokenLoader
 from train_stage.loss import MaskedLoss
 from train_stage.mask_schedule import Schedule, get_mask_schedule
+from train_stage.objective import Sums
 from train_stage.optimizer import make_optimizer
 from train_stage.samples import SampleWriter
 from train_stage.transformer import MaskGitTransformer
@@ -41,29 +45,45 @@ class Run:
     schedule: Schedule
     passes: int  # forward passes per step and process
     samples: SampleWriter | None
+    codes: dict[str, Any]  # what codes.json beside the weights says
+    sums: Sums  # since the last log line
     step: int = 0
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Devices, processes and mixed precision, from the launcher's environment."""
+    """Devices, processes and mixed precision, from the launcher's environment.
+
+    Without a CUDA GPU it runs on the CPU. Raises ValueError for what cannot be had here.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.training.mixed_precision == "fp16" and not has_gpu:
+        raise ValueError("training.mixed_precision=fp16 needs a GPU; on a CPU: bf16 or no")
+    if config.wandb.mode != "disabled" and not is_wandb_available():
+        raise ValueError(f"wandb.mode={config.wandb.mode}, but wandb is missing: pip install wandb")
     if config.training.enable_tf32:
         torch.set_float32_matmul_precision("high")
     return Accelerator(
+        cpu=not has_gpu,
         mixed_precision=config.training.mixed_precision,
         log_with=None if config.wandb.mode == "disabled" else "wandb",
         project_dir=config.experiment.output_dir,
     )
 
 
-def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
+def set_up(config: TrainConfig) -> Run:
     """Opens the store, builds model and optimizer, resumes; refuses what does not fit."""
+    accelerator = make_accelerator(config)
     path = Path(config.experiment.output_dir)
-    path.mkdir(parents=True, exist_ok=True)
     checkpoint = choose_checkpoint(path, config.experiment.resume_from_checkpoint)
     store = TokenStore(config.dataset.train_store)
+    tokenizer = tokenizer_of(store.meta, config.dataset.codes_column)
+    if store.missing_shards():
+        accelerator.print(f"warning: {store.path} lacks {len(store.missing_shards())} shards")
     global_batch, passes = split_batch(config.training, accelerator.num_processes)
-    loader = make_loader(config, store, global_batch, accelerator)
-    eval_loader = make_eval_loader(config, store, global_batch, accelerator)
+    schedule = get_mask_schedule(config.mask_schedule.schedule, **config.mask_schedule.params)
+    loader = make_loader(
+        config, store, global_batch, accelerator, config.experiment.max_train_examples
+    )
     model = make_model(config, store, loader).to(accelerator.device)
     ema = EMA(model, **asdict(config.training.ema)) if config.training.use_ema else None
     params = config.optimizer.params
@@ -82,26 +102,37 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
         path=path,
         accelerator=accelerator,
         loader=loader,
-        eval_loader=eval_loader,
+        eval_loader=make_eval_loader(config, store, model, global_batch, accelerator),
         model=model,
         loss_module=loss_module,
         optimizer=optimizer,
         learning_rate=rate,
         ema=ema,
-        schedule=get_mask_schedule(config.mask_schedule.schedule, **config.mask_schedule.params),
+        schedule=schedule,
         passes=passes,
         samples=samples,
+        codes={
+            "tokenizer": asdict(tokenizer),
+            "class_names": store.meta.transform.get("class_names") or [],
+        },
+        sums=Sums.zeros(accelerator.device),
     )
+    path.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
         resume(run, checkpoint)
-    elif accelerator.is_main_process:
+    same_step_everywhere(run)
+    if accelerator.is_main_process:
         with atomic_file(path / "config.yaml") as temporary:
             temporary.write_text(dump_config(config))
     return run
 
 
 def make_loader(
-    config: TrainConfig, store: TokenStore, global_batch: int, accelerator: Accelerator
+    config: TrainConfig,
+    store: TokenStore,
+    global_batch: int,
+    accelerator: Accelerator,
+    max_rows: int | None,
 ) -> TokenLoader:
     """A loader over `store` for this process."""
     return TokenLoader(
@@ -111,20 +142,33 @@ def make_loader(
         accelerator.process_index,
         accelerator.num_processes,
         config.dataset.codes_column,
-        config.experiment.max_train_examples,
+        max_rows,
     )
 
 
 def make_eval_loader(
-    config: TrainConfig, store: TokenStore, global_batch: int, accelerator: Accelerator
+    config: TrainConfig,
+    store: TokenStore,
+    model: MaskGitTransformer,
+    global_batch: int,
+    accelerator: Accelerator,
 ) -> TokenLoader | None:
-    """A loader over the evaluation store, which must come from the same tokenizer."""
+    """A loader over the evaluation store: same tokenizer, same grid, same classes."""
     if config.dataset.eval_store is None:
         return None
     other, column = TokenStore(config.dataset.eval_store), config.dataset.codes_column
-    if other.meta.tokenizers[column].fingerprint != store.meta.tokenizers[column].fingerprint:
-        raise StoreMismatch(f"{other.path} and {store.path} come from different tokenizers")
-    return make_loader(config, other, global_batch, accelerator)
+    ours, theirs = tokenizer_of(store.meta, column), tokenizer_of(other.meta, column)
+    for name in ("fingerprint", "grid"):
+        if getattr(ours, name) != getattr(theirs, name):
+            found = f"{getattr(theirs, name)}, {store.path} has {getattr(ours, name)}"
+            raise StoreMismatch(f"{other.path}: the tokenizer's {name} is {found}")
+    if other.meta.transform.get("class_names") != store.meta.transform.get("class_names"):
+        raise StoreMismatch(f"{other.path} and {store.path} number other classes")
+    loader = make_loader(config, other, global_batch, accelerator, None)
+    if loader.largest_class_id >= (model.config.num_classes or 0):
+        found = f"class ids up to {loader.largest_class_id}"
+        raise StoreMismatch(f"{other.path} has {found}, the model {model.config.num_classes}")
+    return loader
 
 
 def make_model(config: TrainConfig, store: TokenStore, loader: TokenLoader) -> MaskGitTransformer:
@@ -142,11 +186,27 @@ def make_model(config: TrainConfig, store: TokenStore, loader: TokenLoader) -> M
 
 
 def resume(run: Run, checkpoint: Path) -> None:
-    """Goes to where a checkpoint was written."""
+    """Goes to where a checkpoint was written; says which options have changed since."""
+    accelerator = run.accelerator
     state = load_checkpoint(checkpoint, run.model, run.ema)
     run.loader.load_state_dict(state["loader"])
     run.optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"] is not None and run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
+    if state["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    if accelerator.is_main_process:  # the sums of all processes are kept by the first
+        run.sums = Sums.from_flat(state["sums"].to(accelerator.device))
     run.step = state["global_step"]
-    run.accelerator.print(f"going on from {checkpoint} (step {run.step})")
+    accelerator.print(f"going on from {checkpoint} (step {run.step})")
+    before = OmegaConf.load(checkpoint / "config.yaml")
+    for key, old, new in changed_keys(before, OmegaConf.create(dump_config(run.config))):
+        accelerator.print(f"  changed: {key} was {old}, is now {new}")
+
+
+def same_step_everywhere(run: Run) -> None:
+    """Refuses processes that found different checkpoints."""
+    steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device))
+    if len(set(steps.tolist())) > 1:
+        raise ValueError(
+            f"the processes would start from steps {sorted(set(steps.tolist()))}: "
+            f"experiment.output_dir={run.path} must be a folder that all nodes share"
+        )

@@ -3,11 +3,13 @@
     muse-train config=configs/train/fashion_mnist.yaml dataset.train_store=runs/demo/store
     accelerate launch -m train_stage.train config=…      (several GPUs or nodes)
 
-The same command starts a run and goes on with it. SIGTERM or SIGUSR1 saves and exits with 75.
+The same command starts a run and goes on with it. SIGTERM or SIGUSR1 saves and exits with 75;
+what cannot be done is refused with one line and 2.
 """
 
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,8 +19,7 @@ from typing import Any
 import torch
 
 from configs.load import dump_config, load_command_config
-from storage.atomic import write_json
-from train_stage.checkpoint import save_averaged, save_checkpoint
+from train_stage.checkpoint import save_checkpoint, save_model
 from train_stage.config import TrainConfig
 from train_stage.loader import Batch, TokenLoader
 from train_stage.objective import (
@@ -31,23 +32,23 @@ from train_stage.objective import (
     stream_seed,
 )
 from train_stage.optimizer import lr_factor
-from train_stage.preemption import EXIT_SAVED, StopFlag
+from train_stage.preemption import EXIT_REFUSED, EXIT_SAVED, StopFlag
 from train_stage.run_log import RunLog
-from train_stage.setup_run import Run, make_accelerator, set_up
+from train_stage.setup_run import Run, set_up
 
 EVAL_ROWS = 8192  # the validation loss uses this many rows at most
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains; returns 0 when finished, 75 when stopped by a signal after saving."""
+    """Trains; returns 0 when finished, 2 when refused, 75 when stopped by a signal after saving."""
     config = load_command_config(TrainConfig, argv, __doc__ or "")
-    accelerator = make_accelerator(config)
     try:
-        run = set_up(config, accelerator)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    finished = train(run)
-    accelerator.end_training()
+        run = set_up(config)
+        finished = train(run)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    run.accelerator.end_training()
     return 0 if finished else EXIT_SAVED
 
 
@@ -58,17 +59,17 @@ def train(run: Run) -> bool:
     start_trackers(run)
     log = RunLog(run.path, run.step, total, accelerator) if accelerator.is_main_process else None
     describe_run(run)
-    stop, window = StopFlag(accelerator), Window(accelerator.device)
+    stop, clock = StopFlag(accelerator), Clock()
     while run.step < total:
-        grad_norm = training_step(run, window)
+        grad_norm = training_step(run, clock)
         if log:
             log.step()
         if run.step % config.experiment.log_every == 0 or run.step == total:
-            metrics = window.close(run, grad_norm)
+            metrics = collect_metrics(run, clock, grad_norm)
             if log:
                 log.write(run.step, metrics)
         number = stop.agreed()
-        with window.paused():
+        with clock.paused():
             look_and_save(run, log, number)
         if number and run.step < total:
             accelerator.print(f"signal {number}: saved at step {run.step}, run it again to go on")
@@ -96,18 +97,18 @@ def look_and_save(run: Run, log: RunLog | None, signal_number: int) -> None:
             log.say(f"checkpoint: {saved}")
 
 
-def training_step(run: Run, window: "Window") -> torch.Tensor:
+def training_step(run: Run, clock: "Clock") -> torch.Tensor:
     """One optimizer step; returns the gradient's norm before clipping."""
     config, accelerator = run.config.training, run.accelerator
     started = time.perf_counter()
     batch = run.loader.batch(0 if config.overfit_one_batch else run.step)
-    window.waited += time.perf_counter() - started
+    clock.waited += time.perf_counter() - started
     masked = make_masked(run, batch)
     # every step starts its own random stream, so that resuming needs no generator state
     torch.manual_seed(stream_seed(config.seed, run.step, DROPOUT, accelerator.process_index))
     run.loss_module.train()
     set_learning_rate(run)
-    window.sums.merge(backward(run.loss_module, masked, run.passes, accelerator))
+    run.sums.merge(backward(run.loss_module, masked, run.passes, accelerator))
     limit = float("inf") if config.max_grad_norm is None else config.max_grad_norm
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), limit)
     run.optimizer.step()
@@ -115,22 +116,19 @@ def training_step(run: Run, window: "Window") -> torch.Tensor:
     if run.ema is not None:
         run.ema.update(run.model)
     run.step += 1
-    run.loader.step = run.step
-    window.images += run.loader.global_batch_size
+    clock.images += run.loader.global_batch_size
     return grad_norm
 
 
-class Window:
-    """Sums and times since the last log line."""
+class Clock:
+    """Images and seconds since the last log line, pauses left out."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.reset()
+    def __init__(self) -> None:
+        self.restart()
 
-    def reset(self) -> None:
+    def restart(self) -> None:
         """Starts a new window now."""
-        self.sums, self.images, self.waited = Sums.zeros(self.device), 0, 0.0
-        self.started = time.perf_counter()
+        self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -139,22 +137,37 @@ class Window:
         yield
         self.started += time.perf_counter() - began
 
-    def close(self, run: Run, grad_norm: torch.Tensor) -> dict[str, Any]:
-        """The window's metrics over all processes; a collective call and a sync point."""
-        flat = run.accelerator.reduce(self.sums.flat(), reduction="sum").tolist()
-        seconds = time.perf_counter() - self.started
-        metrics: dict[str, Any] = describe_sums(flat)
-        metrics |= {
-            "learning_rate": run.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(grad_norm),
-            "images_per_s": self.images / seconds,
-            "data_wait": self.waited / seconds,
-            "epoch": run.loader.epoch(run.step),
-        }
-        if run.ema is not None:
-            metrics["ema_decay"] = run.ema.last_decay
-        self.reset()
-        return metrics
+
+def collect_metrics(run: Run, clock: Clock, grad_norm: torch.Tensor) -> dict[str, Any]:
+    """Metrics since the last log line, over all processes; a collective call and a sync point.
+
+    Raises FloatingPointError when the loss is no number any more.
+    """
+    metrics: dict[str, Any] = describe_sums(all_sums(run).tolist())
+    seconds = time.perf_counter() - clock.started
+    metrics |= {
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "grad_norm": float(grad_norm),
+        "images_per_s": clock.images / seconds,
+        "data_wait": clock.waited / seconds,
+        "epoch": run.loader.epoch(run.step),
+    }
+    if run.ema is not None:
+        metrics["ema_decay"] = run.ema.last_decay
+    run.sums = Sums.zeros(run.accelerator.device)
+    clock.restart()
+    return metrics
+
+
+def all_sums(run: Run) -> torch.Tensor:
+    """The sums of all processes as one vector. Raises FloatingPointError for NaN or infinity."""
+    flat = run.accelerator.reduce(run.sums.flat(), reduction="sum")
+    if not flat.isfinite().all():
+        raise FloatingPointError(
+            f"the loss is not finite at step {run.step}: nothing was saved since the last "
+            "checkpoint; lower optimizer.params.learning_rate or training.max_grad_norm"
+        )
+    return flat
 
 
 def set_learning_rate(run: Run) -> None:
@@ -207,18 +220,23 @@ def due(run: Run, every: int) -> bool:
 
 def save(run: Run) -> Path | None:
     """Writes a checkpoint on the main process; the others wait."""
-    path = None
+    path, sums, scaler = None, all_sums(run), run.accelerator.scaler
+    run.loader.step = run.step
     if run.accelerator.is_main_process:
-        scaler = run.accelerator.scaler
+        state = {
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "sums": sums,
+        }
         path = save_checkpoint(
             run.path,
             run.step,
             run.model,
-            run.optimizer.state_dict(),
-            scaler.state_dict() if scaler is not None else None,
+            run.ema,
+            run.codes,
+            state,
             run.loader.state_dict(),
             dump_config(run.config),
-            run.ema,
             run.config.experiment.checkpoints_total_limit,
         )
     run.accelerator.wait_for_everyone()
@@ -226,26 +244,29 @@ def save(run: Run) -> Path | None:
 
 
 def save_final(run: Run) -> None:
-    """Writes RUN/model, averaged weights where there are any, and which store it was made from."""
+    """Writes RUN/model, averaged weights where there are any."""
     path = run.path / "model"
-    if run.ema is not None:
-        save_averaged(run.model, run.ema, path)
-    else:
-        run.model.save_pretrained(path)
-    write_json(path / "store.json", run.loader.meta.to_json())
+    save_model(run.model, run.ema, path, run.codes)
     print(f"model: {path}\nnext: muse-generate model={path} output_dir={run.path / 'generated'}")
 
 
 def start_trackers(run: Run) -> None:
-    """Opens wandb when asked for."""
-    config = run.config
+    """Opens wandb when asked for; a run that goes on keeps its id there."""
+    config, accelerator = run.config, run.accelerator
+    if config.wandb.mode == "disabled" or not accelerator.is_main_process:
+        return
+    id_file = run.path / "wandb_id"
+    if not id_file.is_file():
+        id_file.write_text(uuid.uuid4().hex[:12])
     options = {
+        "id": id_file.read_text(),
+        "resume": "allow",
         "name": config.experiment.name or run.path.name,
         "entity": config.wandb.entity,
         "mode": config.wandb.mode,
         "dir": str(run.path),
     }
-    run.accelerator.init_trackers(config.experiment.project, asdict(config), {"wandb": options})
+    accelerator.init_trackers(config.experiment.project, asdict(config), {"wandb": options})
 
 
 def describe_run(run: Run) -> None:

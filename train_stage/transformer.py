@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from storage.pretrained import PretrainedModel
 from train_stage.layers import Norm, TransformerLayer
 from train_stage.loss import cross_entropy
+from train_stage.sampling import generate
 
 PATCH_POSITIONS = 256  # rows of the position table with use_conv_in_out, whatever the config says
 
@@ -182,8 +183,6 @@ class MaskGitTransformer(PretrainedModel):
 
     def generate(self, **arguments: Any) -> Tensor:
         """Codes (B, N) by parallel decoding; takes what train_stage.sampling.generate takes."""
-        from train_stage.sampling import generate  # sampling is built on the model
-
         return generate(self, **arguments)
 
     def config_dict(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ B batch, H x W pixels, h x w grid, N = h*w codes an image, D channels of a codeb
 """
 
 import math
+from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -16,6 +18,16 @@ class VQModel(PretrainedModel):
     """An encoder, a codebook and a decoder. Pixels are RGB in [0, 1], (B, 3, H, W), both ways."""
 
     quantize: VectorQuantizer
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, subfolder: str | None = None, revision: str | None = None
+    ) -> Self:
+        """Loads a model directory or hub repository, in eval mode and frozen.
+
+        A loaded VQ model is a fixed measure; to train it on, call requires_grad_(True).
+        """
+        return super().from_pretrained(name_or_path, subfolder, revision).requires_grad_(False)
 
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) -> what the codebook quantizes (B, D, h, w)."""
