@@ -8,7 +8,7 @@
 run_and_requeue() {
     local job=$1 status=0
     shift
-    echo "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $*"
+    echo "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
     "$@" &
     local step=$!
     trap 'echo "warning received"; kill -USR1 "$step"' USR1

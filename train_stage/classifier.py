@@ -113,7 +113,8 @@ def classify(
 def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> float:
     """Frechet distance (squared) of the Gaussians fitted to two sets of features (n, D) float64.
 
-    Small samples raise it, so that it has to be read beside that of two real sets of the same n.
+    Small samples raise it, and so do pictures the network was trained on: read it beside that of
+    two sets of real pictures, of the same n and held out from training.
     """
     fits = [(f.mean(0), torch.cov(f.T)) for f in (features_a, features_b)]
     return gaussian_frechet_distance(*fits[0], *fits[1])

@@ -1,6 +1,6 @@
 """muse-demo: the whole project on 70,000 real pictures, in minutes on two CPU cores. Steps 1 to 9.
 
-    muse-demo [guidance_scale=2.0] [data=FOLDER]        (`make demo` installs first, then runs this)
+    muse-demo [guidance_scale=3] [data=FOLDER]         (`make demo` installs first, then runs this)
 
 Runs the public commands one after another, as a user would, and prints each. Everything goes to
 runs/demo below the current folder. Interrupted and started again it goes on where it stopped.
@@ -33,10 +33,10 @@ class DemoConfig:
 
     data: str | None = None
     """Folder with Fashion-MNIST's four .gz files; none: Debian's package, else torchvision's."""
-    guidance_scale: float = 2.0
-    """Strength of classifier-free guidance for the generated pictures."""
-    images_per_class: int = 100
-    """Pictures generated for each of the 10 classes."""
+    guidance_scale: float | None = None
+    """Strength of classifier-free guidance for the generated pictures; none: as in the config."""
+    images_per_class: int | None = None
+    """Pictures generated for each of the 10 classes; none: as in the config."""
     train_vq: str = ""
     """More arguments for muse-train-vq, such as "training.max_train_steps=100"."""
     tokenize: str = ""
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit):
         print("\nstopped: run the same command again, it goes on from here")
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with atomic_file(RUN / "summary.json") as temporary:
@@ -77,24 +77,21 @@ def main(argv: list[str] | None = None) -> int:
 def plan_parts(config: DemoConfig) -> list[Part]:
     """The commands of the demo, in order, with what each part makes in runs/demo."""
     data = [f"data={config.data}"] if config.data is not None else []
-    tokenizer, store = "runs/demo/tokenizer/model", "runs/demo/store"
     prepare = ["python", "-m", "train_stage.demo_data", "output_dir=runs/demo/data", *data]
+    train_vq = ["muse-train-vq", yaml("train_vq"), *config.train_vq.split()]
     tokenize = ["muse-tokenize", yaml("tokenize"), *config.tokenize.split(), "tasks=2"]
-    generate = ["muse-generate", "model=runs/demo/train/model", f"vq_model={tokenizer}"]
-    generate += ["output_dir=runs/demo/generated", "class_ids=all", "temperature=4.5"]
-    generate += ["timesteps=12", "batch_size=100"]
-    generate += [f"images_per_class={config.images_per_class}"]
-    generate += [f"guidance_scale={config.guidance_scale}", *config.generate.split()]
+    store = "runs/demo/store"
+    given = {"guidance_scale": config.guidance_scale, "images_per_class": config.images_per_class}
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    generate = ["muse-generate", yaml("generate"), *overrides, *config.generate.split()]
     evaluate = ["muse-evaluate", yaml("evaluate"), *config.evaluate.split()]
     return [
         Part("data", [prepare], "data"),
-        Part(
-            "train_vq", [["muse-train-vq", yaml("train_vq"), *config.train_vq.split()]], "tokenizer"
-        ),
+        Part("train_vq", [train_vq], "tokenizer"),
         Part("tokenize", [[*tokenize, "task=0"], [*tokenize, "task=1"]], "store"),
         Part("check", [["muse-store", word, store] for word in ("info", "verify", "stats")]),
         Part("train", [["muse-train", yaml("train"), *config.train.split()]], "train"),
-        Part("generate", [generate], "generated"),
+        Part("generate", [generate], "generated", starts_over=True),
         Part("evaluate", [evaluate], "evaluation"),
     ]
 
@@ -155,8 +152,8 @@ def describe(summary: dict[str, Any]) -> str:
         f"A classifier of real pictures names {summary['generated_accuracy']:.1%} of the generated "
         f"ones rightly (guidance {summary['guidance_scale']}), {summary['real_accuracy']:.1%} of "
         "real test pictures.",
-        f"Feature distance to real test pictures: {summary['feature_distance']:.2f}; of other real "
-        f"pictures: {summary['feature_distance_real']:.2f}.",
+        f"Feature distance to real test pictures: {summary['feature_distance']:.2f}; of as many "
+        f"other test pictures: {summary['feature_distance_real']:.2f}.",
         f"Tokenizer: PSNR {summary['psnr']:.1f} dB on test pictures, "
         f"{summary['bits_per_code']:.2f} bits a code on disk.",
         "",

@@ -9,16 +9,17 @@ OUTPUT_DIR/test/<class>/<index>.png.
 
 import gzip
 import io
-import os
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from omegaconf import MISSING
 from PIL import Image
+from torchvision.datasets import FashionMNIST  # type: ignore[import-untyped]
 from tqdm import tqdm
 from webdataset import TarWriter
 
@@ -52,75 +53,127 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Fashion-MNIST from {source}")
         write_tars(*read_split(source, "train"), output / "train", config.images_per_tar)
         write_folder(*read_split(source, "t10k"), output / "test")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def find_fashion_mnist(data: str | None, download: Path) -> Path:
-    """The folder with the four files: `data`, the installed package, or a download.
+    """The folder with the four files, all whole: `data`, the installed package, or a download.
 
-    Raises FileNotFoundError that says what was tried when there is none.
+    Raises ValueError or FileNotFoundError for a bad `data`, FileNotFoundError that says what was
+    tried when there is none.
     """
     if data is not None:
-        if missing := [name for name in FILES if not (Path(data) / name).is_file()]:
-            raise FileNotFoundError(f"data={data} lacks {', '.join(missing)}")
+        check_files(Path(data))
         return Path(data)
-    for folder in (Path("/") / INSTALLED, download / INSTALLED, download / "FashionMNIST/raw"):
-        if all((folder / name).is_file() for name in FILES):
-            return folder
-    download.mkdir(parents=True, exist_ok=True)
-    failures = []
-    for fetch in (fetch_with_apt, fetch_with_torchvision):
+    fetched = [download / name / inner for name, (_, inner) in FETCHED.items()]
+    for folder in (Path("/") / INSTALLED, *fetched):
         try:
-            return fetch(download)
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            failures.append(f"  {fetch.__name__}: {error}")
-    tried = "\n".join(failures)
+            check_files(folder)
+            return folder
+        except (ValueError, FileNotFoundError) as error:
+            if folder.exists():
+                print(f"not used: {error}")
+    tried = []
+    for name in FETCHED:
+        try:
+            return fetch(name, download)
+        except (ValueError, OSError, RuntimeError) as error:
+            tried.append(f"  {name}: {error}")
+    reasons = "\n".join(tried)
     raise FileNotFoundError(
-        f"Fashion-MNIST could not be downloaded:\n{tried}\n"
+        f"Fashion-MNIST could not be downloaded:\n{reasons}\n"
         f"Get the files {', '.join(FILES)} yourself and give their folder: data=FOLDER"
     )
 
 
-def fetch_with_apt(download: Path) -> Path:
-    """Debian's package, unpacked below `download`; needs apt-get and dpkg-deb but no root."""
+def fetch(name: str, download: Path) -> Path:
+    """Fills download/NAME, which appears by one rename and whole; returns where the files are."""
+    fill, inner = FETCHED[name]
+    partial, folder = download / f"{name}.partial", download / name
+    for stale in (partial, folder):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    check_files(partial / inner)
+    partial.rename(folder)
+    return folder / inner
+
+
+def fetch_with_apt(folder: Path) -> None:
+    """Debian's package, unpacked into `folder`; needs apt-get and dpkg-deb but no root."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise FileNotFoundError("no apt-get and dpkg-deb here")
     print(f"apt-get download {PACKAGE}", flush=True)
-    fetch = ["apt-get", "-qq", "download", PACKAGE]
-    if subprocess.run(fetch, cwd=download, capture_output=True).returncode != 0:
+    try:
+        run(["apt-get", "-qq", "download", PACKAGE], folder)
+    except OSError:
         # The package lists are missing (a fresh container) or old: fetch our own, without root.
-        (download / "apt/lists/partial").mkdir(parents=True, exist_ok=True)
-        (download / "apt/archives/partial").mkdir(parents=True, exist_ok=True)
-        own = [f"Dir::State::lists={download.resolve()}/apt/lists"]
-        own += [f"Dir::Cache={download.resolve()}/apt", "APT::Sandbox::User="]
-        options = [word for option in own for word in ("-o", option)]
-        for command in (["apt-get", *options, "-qq", "update"], ["apt-get", *options, *fetch[1:]]):
-            done = subprocess.run(command, cwd=download, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise OSError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
-        shutil.rmtree(download / "apt")
-    package = max(download.glob(f"{PACKAGE}_*.deb"), key=os.path.getmtime)
-    subprocess.run(["dpkg-deb", "-x", package, download], check=True)
-    return download / INSTALLED
+        own = folder.resolve() / "apt"
+        for name in ("lists", "archives"):
+            (own / name / "partial").mkdir(parents=True)
+        settings = [f"Dir::State::lists={own}/lists", f"Dir::Cache={own}", "APT::Sandbox::User="]
+        apt_get = ["apt-get", *(word for setting in settings for word in ("-o", setting)), "-qq"]
+        run([*apt_get, "update"], folder)
+        run([*apt_get, "download", PACKAGE], folder)
+        shutil.rmtree(own)
+    (package,) = folder.glob(f"{PACKAGE}_*.deb")
+    run(["dpkg-deb", "-x", package.name, "."], folder)
 
 
-def fetch_with_torchvision(download: Path) -> Path:
-    """torchvision's own download, into `download`."""
-    from torchvision.datasets import FashionMNIST  # type: ignore[import-untyped]
+def fetch_with_torchvision(folder: Path) -> None:
+    """torchvision's own download, into `folder`."""
+    FashionMNIST(str(folder), download=True)
 
-    FashionMNIST(str(download), download=True)
-    return download / "FashionMNIST/raw"
+
+# name of the folder below download/: what fills it, and where the four files are in it
+FETCHED = {
+    "debian": (fetch_with_apt, INSTALLED),
+    "torchvision": (fetch_with_torchvision, Path("FashionMNIST/raw")),
+}
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Runs a command in `folder`; raises OSError with its last words when it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+
+
+def check_files(folder: Path) -> None:
+    """Reads the four files. FileNotFoundError names missing ones, ValueError a damaged one."""
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    for part in ("train", "t10k"):
+        read_split(folder, part)
 
 
 def read_split(source: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 28, 28) uint8 and class ids (n,) uint8 of "train" or "t10k"."""
-    images = gzip.decompress((source / f"{part}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((source / f"{part}-labels-idx1-ubyte.gz").read_bytes())
-    class_ids = np.frombuffer(labels, np.uint8, offset=8)
-    return np.frombuffer(images, np.uint8, offset=16).reshape(len(class_ids), 28, 28), class_ids
+    images = read_idx(source / f"{part}-images-idx3-ubyte.gz")
+    class_ids = read_idx(source / f"{part}-labels-idx1-ubyte.gz")
+    if images.shape != (len(class_ids), 28, 28) or class_ids.max(initial=0) >= len(CLASS_NAMES):
+        raise ValueError(
+            f"{source}: {part} has images {images.shape} for {len(class_ids)} class ids up to "
+            f"{class_ids.max(initial=0)}, not (n, 28, 28) for n up to {len(CLASS_NAMES) - 1}"
+        )
+    return images, class_ids
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The uint8 array of a gzipped idx file: 0, 0, 8, dimensions; sizes; values.
+
+    Raises ValueError for a file that is cut off or otherwise not what its header says.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes())
+        start = 4 + 4 * data[3]
+        shape = np.frombuffer(data[4:start], ">u4").astype(int)
+        return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {error}; get it again") from None
 
 
 def write_tars(images: np.ndarray, class_ids: np.ndarray, folder: Path, per_tar: int) -> None:

@@ -2,13 +2,14 @@
 
 FOLDER/progress.json keeps, for each part, a fingerprint of its commands and configs, its seconds
 over all starts, and whether it is done. What a command had done of an unfinished part is its own
-matter: all ours go on where they stopped. Used by demo.py.
+matter: ours go on where they stopped, but for those that start over. Used by demo.py.
 """
 
 import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ class Part:
     name: str
     commands: list[list[str]]
     output: str | None = None
+    starts_over: bool = False  # what an interrupted run of the same commands left is removed
 
     def recipe(self) -> str:
         """Fingerprint of the commands and of the config files they name."""
@@ -113,6 +115,8 @@ def run_part(part: Part, progress: Progress, lock: int) -> None:
         progress.save()
 
     save()
+    if part.starts_over and part.output:  # refuse_stale: nothing but our own is there
+        shutil.rmtree(progress.path.parent / part.output, ignore_errors=True)
     for words in part.commands:
         run_command(words, save, lock)
     save(done=True)

@@ -3,8 +3,10 @@
     muse-evaluate config=configs/evaluate/fashion_mnist.yaml generated=FOLDER output_dir=FOLDER
 
 A classifier trained on real pictures (train_stage/classifier.py) is asked about generated ones
-(sub-folders named by class id, as muse-generate writes them). Writes OUTPUT_DIR/evaluation.json,
-generated_vs_real.png and, given a tokenizer, reconstructions.png.
+(sub-folders named by class id, as muse-generate writes them). n of these and n real test pictures
+are each held against the same n other test pictures: what real pictures reach is the best value.
+Writes OUTPUT_DIR/evaluation.json, generated_vs_real.png and, given a tokenizer,
+reconstructions.png.
 (`python -m train_stage.evaluate` is the same.) n pictures, C classes, D features.
 """
 
@@ -28,7 +30,9 @@ from train_stage.classifier import (
     mean_pairwise_distance,
     train_classifier,
 )
+from train_stage.devices import pick_device
 from train_stage.pictures import (
+    VQModel,
     decode_codes,
     encode_pictures,
     load_vq,
@@ -65,8 +69,8 @@ class EvaluateConfig:
     """Highest learning rate of the classifier's training."""
     seed: int = 0
     """Seeds the classifier's training and the choice of real pictures compared."""
-    device: str = "cpu"
-    """Device of classifier and tokenizer: cpu, cuda, cuda:1, …"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_command_config(EvaluateConfig, argv, __doc__ or "")
     try:
         results = evaluate(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(describe(results))
@@ -84,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures what EvaluateConfig names, writes it into output_dir and returns it."""
+    device = pick_device(config.device)
+    vq = load_vq(config.vq_model, device) if config.vq_model is not None else None
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     generated = read_generated(config.generated)
@@ -92,15 +98,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     test_pictures, test_ids, names = read_pictures(config.test, resolution, config.test_limit)
     test = test_pictures, test_ids
     _check_classes(train[1], test[1], generated[1], names)
-    classifier = load_or_train(config, *train, len(names))
+    classifier = load_or_train(config, *train, len(names), device)
     generator = torch.Generator().manual_seed(config.seed)
-    results = compare(classifier, generated, train, test, names, generator)
+    results = compare(classifier, generated, test, names, generator)
     draw_comparison(output / "generated_vs_real.png", generated, test, names)
-    results["psnr"] = None
-    if config.vq_model is not None:
-        results["psnr"] = tokenizer_psnr(
-            config.vq_model, test[0], config.device, output / "reconstructions.png"
-        )
+    drawing = output / "reconstructions.png"
+    results["psnr"] = tokenizer_psnr(vq, test[0], drawing) if vq is not None else None
     with atomic_file(output / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -118,7 +121,11 @@ def read_generated(path: str) -> Pictures:
 
 
 def load_or_train(
-    config: EvaluateConfig, pictures: torch.Tensor, class_ids: torch.Tensor, num_classes: int
+    config: EvaluateConfig,
+    pictures: torch.Tensor,
+    class_ids: torch.Tensor,
+    num_classes: int,
+    device: torch.device,
 ) -> PictureClassifier:
     """The classifier trained on exactly these pictures in this way; output_dir keeps it."""
     digest = hashlib.sha256(pictures.numpy().data)
@@ -135,43 +142,44 @@ def load_or_train(
             config.epochs,
             config.batch_size,
             config.learning_rate,
-            config.device,
+            device,
         ).save_pretrained(folder)
-    return PictureClassifier.from_pretrained(folder).to(config.device)
+    return PictureClassifier.from_pretrained(folder).to(device)
 
 
 def compare(
     classifier: PictureClassifier,
     generated: Pictures,
-    train: Pictures,
     test: Pictures,
     names: list[str],
     generator: torch.Generator,
 ) -> dict[str, Any]:
     """Accuracies, feature distances and diversity, over all and by class.
 
-    Distances and diversity take the same number of pictures of every class from each set.
+    Distances and diversity: of every class the same number of generated pictures, of test
+    pictures, and of other test pictures to which both are compared. feature_distance_real is
+    thus what as many real pictures reach.
     """
-    counts = _common_counts([generated[1], train[1], test[1]], len(names))
-    rows = [_choose(ids, counts, generator) for ids in (generated[1], train[1], test[1])]
-    guessed, seen = classify(classifier, generated[0])
-    test_guessed, test_seen = classify(classifier, test[0])
-    _, train_features = classify(classifier, train[0][rows[1]])
-    features, test_features = seen[rows[0]], test_seen[rows[2]]
+    counts = _common_counts(generated[1], test[1], len(names))
+    (made_rows,) = disjoint_rows(generated[1], counts, 1, generator)
+    reference_rows, real_rows = disjoint_rows(test[1], counts, 2, generator)
+    guessed, features = classify(classifier, generated[0])
+    test_guessed, test_features = classify(classifier, test[0])
+    reference = test_features[reference_rows]
     by_class = {}
     for class_id in generated[1].unique().tolist():
         made, real = generated[1] == class_id, test[1] == class_id
         by_class[names[class_id]] = {
             "generated_accuracy": _share(guessed[made] == class_id),
             "real_accuracy": _share(test_guessed[real] == class_id),
-            "diversity": mean_pairwise_distance(seen[rows[0]][made[rows[0]]]),
-            "diversity_real": mean_pairwise_distance(test_seen[rows[2]][real[rows[2]]]),
+            "diversity": mean_pairwise_distance(features[made_rows][made[made_rows]]),
+            "diversity_real": mean_pairwise_distance(test_features[real_rows][real[real_rows]]),
         }
     return {
         "generated_accuracy": _share(guessed == generated[1]),
         "real_accuracy": _share(test_guessed == test[1]),
-        "feature_distance": frechet_distance(features, test_features),
-        "feature_distance_real": frechet_distance(train_features, test_features),
+        "feature_distance": frechet_distance(features[made_rows], reference),
+        "feature_distance_real": frechet_distance(test_features[real_rows], reference),
         "diversity": _mean(by_class, "diversity"),
         "diversity_real": _mean(by_class, "diversity_real"),
         "pictures_generated": len(guessed),
@@ -180,14 +188,23 @@ def compare(
     }
 
 
-def tokenizer_psnr(
-    vq_model: str, pictures: torch.Tensor, device: str, drawing: Path, limit: int = 2000
-) -> float:
+def disjoint_rows(
+    class_ids: torch.Tensor, counts: torch.Tensor, sets: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Random rows for `sets` sets without a common row, each with counts[c] of class c."""
+    order = torch.randperm(len(class_ids), generator=generator)
+    parts = [
+        order[class_ids[order] == class_id][: sets * count].view(sets, count)
+        for class_id, count in enumerate(counts.tolist())
+    ]
+    return list(torch.cat(parts, 1))  # each (sum of counts,)
+
+
+def tokenizer_psnr(vq: VQModel, pictures: torch.Tensor, drawing: Path, limit: int = 2000) -> float:
     """PSNR in dB of decode(encode(pictures)) as written to files: 10 log10(255^2 / mean error^2).
 
     Draws 20 pictures, each above its reconstruction. Evenly spaced pictures, at most `limit`.
     """
-    vq = load_vq(vq_model, device)
     pictures = pictures[:: -(-len(pictures) // limit)]
     decoded = decode_codes(vq, encode_pictures(vq, pictures))
     error = (decoded.double() - pictures.double()).square().mean()
@@ -216,10 +233,11 @@ def describe(results: dict[str, Any]) -> str:
         accuracy = f"{row['generated_accuracy']:>18.1%} /{row['real_accuracy']:6.1%}"
         diversity = f"{row['diversity']:>18.2f} / {row['diversity_real']:.2f}"
         lines.append(f"{name:<{width}}  {accuracy}  {diversity}")
+    count = results["pictures_compared"]
     lines.append(
-        f"feature distance to {results['pictures_compared']:,} real test pictures: "
-        f"{results['feature_distance']:.3f} generated, {results['feature_distance_real']:.3f} "
-        "real (Frechet, of this classifier's features; not FID)"
+        f"feature distance to {count:,} test pictures: {results['feature_distance']:.3f} of "
+        f"{count:,} generated, {results['feature_distance_real']:.3f} of {count:,} other test "
+        "pictures (Frechet, of this classifier's features; not FID)"
     )
     if results["psnr"] is not None:
         lines.append(f"tokenizer: PSNR {results['psnr']:.2f} dB on test pictures")
@@ -242,24 +260,17 @@ def _check_classes(
         )
 
 
-def _common_counts(ids_of_sets: list[torch.Tensor], num_classes: int) -> torch.Tensor:
-    """How many pictures of every class all sets have, (C,)."""
-    counts = torch.stack([torch.bincount(ids, minlength=num_classes) for ids in ids_of_sets])
-    fewest = counts.amin(0)
-    for class_id in ids_of_sets[0].unique().tolist():
-        if fewest[class_id] < 2:
+def _common_counts(generated: torch.Tensor, test: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """How many of every class, (C,): generated ones, and twice as many test pictures."""
+    made, real = (torch.bincount(ids, minlength=num_classes) for ids in (generated, test))
+    counts = torch.minimum(made, real // 2)
+    for class_id in generated.unique().tolist():
+        if counts[class_id] < 2:
             raise ValueError(
-                f"class {class_id} has {counts[:, class_id].tolist()} pictures (generated, train, "
-                "test); at least 2 of each are needed"
+                f"class {class_id} has {int(made[class_id])} generated and {int(real[class_id])} "
+                "test pictures; at least 2 and 4 are needed"
             )
-    return fewest
-
-
-def _choose(ids: torch.Tensor, counts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random rows of a set, counts[c] of class c."""
-    order = torch.randperm(len(ids), generator=generator)
-    picked = [order[ids[order] == c][:count] for c, count in enumerate(counts.tolist())]
-    return torch.cat(picked)
+    return counts
 
 
 def _share(hits: torch.Tensor) -> float:

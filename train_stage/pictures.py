@@ -5,7 +5,6 @@ and the grids drawn during training do. Pictures are uint8 RGB (N, 3, H, W) on t
 B batch, N pictures or codes an image, R pixels a side.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from storage.pretrained import model_fingerprint
 from storage.schema import StoreMismatch, Tokenizer
+from tokenize_stage.pixels import BadImage, Picture, decode_image
 from tokenize_stage.vq import VQModel, load_vq_model
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -110,9 +110,9 @@ def read_pictures(
 
     path: a folder whose sub-folders, sorted, are the classes 0, 1, 2, … (files beside them are
     not looked at); or webdataset tars (a folder of them or `name-{000..009}.tar`), whose classes
-    are named by their number. resolution: shorter side scaled to it (bilinear), centre cropped,
-    as muse-tokenize does; None keeps the size, which must then be the same for all. limit: at
-    most so many, evenly spaced over a folder, the first ones of tars.
+    are named by their number. Decoded as muse-tokenize does it, to squares of `resolution`; None:
+    of the first picture's shorter side, and all must have its size. limit: at most so many,
+    evenly spaced over a folder, the first ones of tars.
     Raises FileNotFoundError for a path with no pictures, ValueError naming a broken one.
     """
     folder = Path(path)
@@ -121,21 +121,23 @@ def read_pictures(
         names, items = _folder_items(folder, limit)
     else:
         names, items = [], islice(_tar_items(tars), limit)
-    pictures: list[np.ndarray] = []
+    side = resolution
+    pictures: list[Picture] = []
     class_ids: list[int] = []
     for name, data, class_id in tqdm(items, desc=f"read {path}", unit=" pictures", disable=None):
-        picture = _decode(name, data, resolution)
-        if pictures and picture.shape != pictures[0].shape:
-            raise ValueError(
-                f"{name} is {picture.shape[1]}x{picture.shape[0]}, those before it "
-                f"{pictures[0].shape[1]}x{pictures[0].shape[0]}: give a resolution"
-            )
-        pictures.append(picture)
+        side = side or min(_size(_decode(name, data, 1)))
+        pictures.append(_decode(name, data, side))
         class_ids.append(class_id)
+        (height, width), first = _size(pictures[-1]), _size(pictures[0])
+        if resolution is None and (height, width) != first:
+            raise ValueError(
+                f"{name} is {width}x{height}, those before it {first[1]}x{first[0]}: "
+                "all must have one size"
+            )
     if not pictures:
         raise FileNotFoundError(f"{path} holds no pictures in class folders and no webdataset tars")
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     names = names or [str(index) for index in range(max(class_ids) + 1)]
+    stacked = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     return stacked, torch.tensor(class_ids), names
 
 
@@ -162,11 +164,12 @@ def _tar_items(tars: str | list[str]) -> Iterator[Item]:
         yield name, image, int(sample["cls"])
 
 
-def _decode(name: str, data: bytes, resolution: int | None) -> np.ndarray:
+def _decode(name: str, data: bytes, resolution: int) -> Picture:
     try:
-        image: Image.Image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return decode_image(data, resolution)
+    except BadImage as error:
         raise ValueError(f"{name} is not a picture that can be read: {error}") from None
-    if resolution is not None and image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR)
-    return np.asarray(image)  # (R, R, 3)
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    return picture.original_height, picture.original_width

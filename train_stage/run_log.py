@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 
@@ -64,6 +65,12 @@ class RunLog:
         done = step - self._first
         seconds = (time.monotonic() - self._started) / max(1, done) * (self.total - step)
         return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """A line on the console, once for all processes on all nodes."""
+    if accelerator.is_main_process:
+        print(text, flush=True)
 
 
 def _step_of(line: str) -> float:

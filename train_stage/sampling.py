@@ -215,8 +215,10 @@ def all_masks(
 ) -> Tensor:
     """The start of decoding, one row of mask ids an image: (B, N)."""
     given = class_ids if class_ids is not None else text
-    if given is None and rows is None:
+    if given is not None:
+        rows, device = len(given), given.device
+    elif rows is not None:
+        device = next(model.parameters()).device
+    else:
         raise ValueError("nothing to generate from: give class_ids, encoder_hidden_states or rows")
-    count = rows if given is None else len(given)
-    device = next(model.parameters()).device if given is None else given.device
-    return torch.full((count, model.config.num_vq_tokens), model.mask_token_id, device=device)
+    return torch.full((rows, model.config.num_vq_tokens), model.mask_token_id, device=device)

@@ -24,6 +24,7 @@ from train_stage.loss import MaskedLoss
 from train_stage.mask_schedule import Schedule, get_mask_schedule
 from train_stage.objective import Sums
 from train_stage.optimizer import make_optimizer
+from train_stage.run_log import say
 from train_stage.samples import SampleWriter
 from train_stage.transformer import MaskGitTransformer
 
@@ -78,7 +79,7 @@ def set_up(config: TrainConfig) -> Run:
     store = TokenStore(config.dataset.train_store)
     tokenizer = tokenizer_of(store.meta, config.dataset.codes_column)
     if store.missing_shards():
-        accelerator.print(f"warning: {store.path} lacks {len(store.missing_shards())} shards")
+        say(accelerator, f"warning: {store.path} lacks {len(store.missing_shards())} shards")
     global_batch, passes = split_batch(config.training, accelerator.num_processes)
     schedule = get_mask_schedule(config.mask_schedule.schedule, **config.mask_schedule.params)
     loader = make_loader(
@@ -196,10 +197,10 @@ def resume(run: Run, checkpoint: Path) -> None:
     if accelerator.is_main_process:  # the sums of all processes are kept by the first
         run.sums = Sums.from_flat(state["sums"].to(accelerator.device))
     run.step = state["global_step"]
-    accelerator.print(f"going on from {checkpoint} (step {run.step})")
+    say(accelerator, f"going on from {checkpoint} (step {run.step})")
     before = OmegaConf.load(checkpoint / "config.yaml")
     for key, old, new in changed_keys(before, OmegaConf.create(dump_config(run.config))):
-        accelerator.print(f"  changed: {key} was {old}, is now {new}")
+        say(accelerator, f"  changed: {key} was {old}, is now {new}")
 
 
 def same_step_everywhere(run: Run) -> None:

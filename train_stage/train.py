@@ -33,7 +33,7 @@ from train_stage.objective import (
 )
 from train_stage.optimizer import lr_factor
 from train_stage.preemption import EXIT_REFUSED, EXIT_SAVED, StopFlag
-from train_stage.run_log import RunLog
+from train_stage.run_log import RunLog, say
 from train_stage.setup_run import Run, set_up
 
 EVAL_ROWS = 8192  # the validation loss uses this many rows at most
@@ -72,7 +72,7 @@ def train(run: Run) -> bool:
         with clock.paused():
             look_and_save(run, log, number)
         if number and run.step < total:
-            accelerator.print(f"signal {number}: saved at step {run.step}, run it again to go on")
+            say(accelerator, f"signal {number}: saved at step {run.step}, run it again to go on")
             return False
     if accelerator.is_main_process:
         save_final(run)
@@ -273,11 +273,12 @@ def describe_run(run: Run) -> None:
     """Says what is about to happen."""
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     loader, accelerator = run.loader, run.accelerator
-    accelerator.print(
+    say(
+        accelerator,
         f"{parameters / 1e6:.2f} M parameters, {loader.rows:,} rows, global batch "
         f"{loader.global_batch_size} = {accelerator.num_processes} processes x {run.passes} "
         f"passes, {accelerator.device}, {accelerator.mixed_precision} mixed precision; "
-        f"writes to {run.path}"
+        f"writes to {run.path}",
     )
 
 
