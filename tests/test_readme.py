@@ -1,20 +1,78 @@
-"""The README's Python blocks run as they stand, in order; its commands and files exist."""
+"""The README's Python blocks run as they stand, in order, and so do its four commands.
+
+The options of every other command line, and the files it names, exist.
+"""
 
 import re
+import shlex
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
-from tokenize_stage.encode import main as tokenize
+from configs.load import _walk, load_config
+from storage.cli import main as muse_store
+from tokenize_stage.config import TokenizeConfig
+from tokenize_stage.encode import main as muse_tokenize
+from tokenize_stage.train_vq_config import TrainVQConfig
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
+from train_stage.config import TrainConfig
+from train_stage.demo import DemoConfig
+from train_stage.evaluate import EvaluateConfig
+from train_stage.generate import GenerateConfig
+from train_stage.generate import main as muse_generate
+from train_stage.train import main as muse_train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 HUB_NAME = "openMUSE/maskgit-vqgan-imagenet-f16-256"
+SCHEMAS = {
+    "muse-tokenize": TokenizeConfig,
+    "muse-train-vq": TrainVQConfig,
+    "muse-train": TrainConfig,
+    "muse-generate": GenerateConfig,
+    "muse-evaluate": EvaluateConfig,
+    "muse-demo": DemoConfig,
+}
+MAINS = {
+    "muse-tokenize": muse_tokenize,
+    "muse-store": muse_store,
+    "muse-train": muse_train,
+    "muse-generate": muse_generate,
+}
+# What makes the README's own pipeline small enough for a test: nothing that it is about.
+SMALLER = {
+    "muse-train": ["training.max_train_steps=2", "training.batch_size=2"]
+    + ["lr_scheduler.params.warmup_steps=1", "model.transformer.hidden_size=32"]
+    + ["model.transformer.num_attention_heads=2", "model.transformer.num_hidden_layers=1"]
+    + ["model.transformer.intermediate_size=32"],
+    "muse-generate": ["images_per_class=2", "timesteps=2"],
+}
+
+
+def commands_in(text):
+    """The muse-… commands of some shell lines, each as its words."""
+    lines = text.replace("\\\n", " ").splitlines()
+    words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [command for command in words if command and command[0].startswith("muse-")]
+
+
+BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PIPELINE = next(commands_in(block) for block in BASH if "photos/" in block)
+COMMANDS = [command for block in BASH for command in commands_in(block)]
+PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+COMMANDS += [words for code in re.findall(r"`(muse-[^`]+)`", PROSE) for words in commands_in(code)]
+
+
+def run(command):
+    """Runs a README command in this process."""
+    name, *words = command
+    assert MAINS[name]([*words, *SMALLER.get(name, [])]) == 0, shlex.join(command)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +103,7 @@ def in_workplace(workplace, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(workplace / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if not Path("store").exists():
-        code = tokenize(
-            ["dataset.shards_path_or_url=photos/", "store.path=store/",
-             f"model.vq_model.pretrained={HUB_NAME}"]
-        )  # fmt: skip
-        assert code == 0
+        run(PIPELINE[0])
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
@@ -61,8 +115,41 @@ def test_there_are_blocks():
     assert len(BLOCKS) == 4
 
 
-def test_files_and_options_named_in_the_readme_exist():
-    for name in re.findall(r"`((?:tokenize_stage|train_stage|storage)/[\w/]+(?:\.py|/))`", README):
+def test_the_four_commands_turn_photos_into_pictures(in_workplace):
+    names = [command[0] for command in PIPELINE]
+    assert names == ["muse-tokenize", "muse-store", "muse-store", "muse-train", "muse-generate"]
+    for command in PIPELINE[1:]:
+        run(command)
+    pictures = sorted(Path("pictures").glob("*/*.png"))
+    assert [path.parent.name for path in pictures] == ["0", "0", "1", "1"]
+    assert {Image.open(path).size for path in pictures} == {(256, 256)}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=shlex.join)
+def test_commands_have_these_options(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    name, *words = command
+    if name == "muse-store":
+        with pytest.raises(SystemExit) as stop:
+            muse_store([*words[:1], "--help"])
+        assert stop.value.code == 0
+        return
+    words = [word for word in words if "…" not in word and "FILE" not in word]
+    missing = OmegaConf.missing_keys(OmegaConf.structured(SCHEMAS[name]))
+    load_config(SCHEMAS[name], [*(f"{key}=1" for key in missing), *words])
+
+
+def test_prose_names_modules_files_and_options_that_exist():
+    modules = set(re.findall(r"-m ([\w.]+)", PROSE)) - {"package.module"}
+    assert "train_stage.train" in modules
+    for module in modules:
+        assert find_spec(module), module
+    packages = "configs|tokenize_stage|train_stage|storage|tests|slurm"
+    for name in re.findall(rf"[`(]((?:{packages})/[\w/]*(?:\.\w+)?)[`)]", PROSE):
         assert (ROOT / name).exists(), name
-    options = re.findall(r"^    ([a-z_]+\.[a-z_.]+)=", README, re.MULTILINE)
-    assert options
+    keys = {key for schema in SCHEMAS.values() for key, *_ in _walk(schema)}
+    ours = re.sub(r"## Coming from open-muse.*?## ", "", PROSE, flags=re.DOTALL)
+    sections = "|".join({key.split(".")[0] for key in keys if "." in key})
+    named = set(re.findall(rf"`((?:{sections})\.[a-z][a-z_.]*)[`=]", ours)) - {"store.json"}
+    assert "training.global_batch_size" in named
+    assert named <= keys

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import tarfile
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 from PIL import Image
 
 from configs.load import load_config
+from storage.pretrained import find_model
 from storage.reader import TokenStore
 from storage.shard import verify_shard
+from storage.writer import expected_shards
 from tokenize_stage import encode
 from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.pixels import decode_image
+from tokenize_stage.process import STOP_SIGNALS
 from tokenize_stage.vq import load_vq_model
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 
@@ -147,6 +151,33 @@ def test_slurm_numbers_split_the_work(
     assert TokenStore(tmp_path / "store").shards == ["3"]
 
 
+def test_every_task_notes_all_shards_that_the_store_is_to_have(
+    tokenizer: Path, tars: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    argv = arguments(f"{tars}/{{0..2}}.tar", tokenizer, store, "task=1", "tasks=2")
+    assert encode.main(argv) == 0
+    assert TokenStore(store).shards == ["1"] and expected_shards(store) == {"0", "1", "2"}
+    assert encode.main(arguments(f"{tars}/4.tar", tokenizer, store)) == 0
+    assert expected_shards(store) == {"0", "1", "2", "4"}
+    assert encode.main(arguments(tars, tokenizer, store, "encode.dtype=bfloat16")) == 2
+    assert expected_shards(store) == {"0", "1", "2", "4"}  # a refused run promises nothing
+
+
+def test_a_tokenizer_given_relative_is_found_from_anywhere_and_may_move(
+    tokenizer: Path, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.chdir(tokenizer.parent)
+        assert encode.main(arguments(f"{tars}/0.tar", tokenizer.name, store)) == 0
+    name = TokenStore(store).meta.tokenizers["codes"].name
+    assert name == str(tokenizer.resolve()) and find_model(name).samefile(tokenizer)
+    shutil.copytree(tokenizer, tmp_path / "moved")
+    assert encode.main(arguments(f"{tars}/1.tar", tmp_path / "moved", store)) == 0
+    assert TokenStore(store).shards == ["0", "1"]
+
+
 def test_what_cannot_be_encoded_is_counted_and_listed(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -274,9 +305,9 @@ def test_reduced_precision_encodes_nearly_the_same(
 
 
 def test_main_gives_the_signal_handlers_back(tokenizer: Path, tars: Path, tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in encode.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     encode.main(arguments(tars, tokenizer, tmp_path / "store"))
-    assert before == [signal.getsignal(number) for number in encode.STOP_SIGNALS]
+    assert before == [signal.getsignal(number) for number in STOP_SIGNALS]
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/tokenize").glob("*.yaml")), ids=str)
@@ -284,11 +315,3 @@ def test_shipped_configs_are_complete_but_for_what_they_leave_open(path: Path) -
     given = ["dataset.shards_path_or_url=x", "store.path=y"]
     config = load_config(TokenizeConfig, [f"config={path}", *given])
     assert config.model.vq_model.pretrained and config.encode.dtype == "float32"
-
-
-def test_the_default_device_follows_the_place_on_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert str(encode.pick_device("auto", {"SLURM_LOCALID": "6"})) == "cuda:2"
-    assert str(encode.pick_device("auto", dict(os.environ) | {"SLURM_LOCALID": "0"})) == "cuda:0"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert str(encode.pick_device("auto", {})) == "cpu"

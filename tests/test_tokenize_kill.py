@@ -1,4 +1,4 @@
-"""kill -9 of muse-tokenize at random instants, and a polite stop: the store comes out the same.
+"""kill -9 of muse-tokenize at random instants, and polite stops: the store comes out the same.
 
 One process imports torch and then forks each run, so that a run lasts a fraction of a second and
 every kill falls into work.
@@ -11,7 +11,11 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +43,19 @@ for line in sys.stdin:  # argv -> a child that runs it, its process id; "wait" -
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        status = 1
-        try:
-            status = main(argv)
-        finally:
-            os._exit(status)
+        status = main(argv)
+        if status == 75:
+            sys.exit(status)  # as a command ends: waits for threads that are not daemons
+        os._exit(status)  # without the half second that torch takes to go
     print(child, flush=True)
 """
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 class Forker:
@@ -149,8 +159,7 @@ def test_a_stop_signal_keeps_finished_shards_and_exits_with_75(
 ) -> None:
     argv = [*arguments, "encode.batch_size=2", f"store.path={tmp_path}/store"]
     child = forker.start(argv)
-    while not finished_shards(tmp_path / "store"):
-        time.sleep(0.005)
+    wait_until(lambda: finished_shards(tmp_path / "store"))
     os.kill(child, number)
     assert forker.wait() == 75
     assert 1 <= len(finished_shards(tmp_path / "store")) < 5
@@ -159,3 +168,55 @@ def test_a_stop_signal_keeps_finished_shards_and_exits_with_75(
     forker.start([*argv, f"store.path={tmp_path}/whole"])
     assert forker.wait() == 0
     assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def seconds_to_stop(forker: Forker, child: int) -> float:
+    """SIGTERM to a run that must end with 75; one that does not end is killed after 20 s."""
+    started = time.monotonic()
+    os.kill(child, signal.SIGTERM)
+    killer = threading.Timer(20, os.kill, (child, signal.SIGKILL))
+    killer.start()
+    assert forker.wait() == 75
+    killer.cancel()
+    return time.monotonic() - started
+
+
+def test_a_stop_signal_ends_a_run_whose_input_stalls(
+    forker: Forker, arguments: list[str], tmp_path: Path
+) -> None:
+    fifo = tmp_path / "stalls.tar"
+    os.mkfifo(fifo)
+    source = f"pipe:cat {fifo}"
+    child = forker.start(
+        [*arguments, f"dataset.shards_path_or_url={source}", f"store.path={tmp_path}/store"]
+    )
+    ends: list[int] = []
+
+    def is_being_read() -> list[int]:
+        with suppress(OSError):  # nobody reads yet
+            ends.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        return ends
+
+    wait_until(is_being_read)
+    try:
+        assert seconds_to_stop(forker, child) < 5
+    finally:
+        os.close(ends[0])  # the end of the file for `cat`
+    assert not finished_shards(tmp_path / "store")
+
+
+def test_a_stop_signal_ends_a_run_whose_samples_are_all_rejected(
+    forker: Forker, arguments: list[str], tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "endless.tar", "w") as tar:
+        for name in ("a.cls", "b.cls"):
+            tar.addfile(tarfile.TarInfo(name))
+    os.truncate(tmp_path / "endless.tar", 2 * 512)  # without its end, to be repeated for ever
+    source = f"pipe:while cat {tmp_path}/endless.tar; do true; done"
+    child = forker.start(
+        [*arguments, f"dataset.shards_path_or_url={source}", f"store.path={tmp_path}/store"]
+    )
+    wait_until((tmp_path / "store/expected.json").exists)
+    time.sleep(0.5)
+    assert seconds_to_stop(forker, child) < 5
+    assert not finished_shards(tmp_path / "store")

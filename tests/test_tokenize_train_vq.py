@@ -12,11 +12,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from configs.load import load_config
 from tokenize_stage import train_vq
 from tokenize_stage.codebook import cluster, perplexity, revive
+from tokenize_stage.process import EXIT_REFUSED, EXIT_STOPPED
+from tokenize_stage.train_vq_config import TrainVQConfig
 from tokenize_stage.vq import load_vq_model
 from tokenize_stage.vq_evaluate import evaluate
 from tokenize_stage.vq_images import batch_rows, load_images, random_flip
+from tokenize_stage.vq_trainer import VQTrainer
 
 STEPS = 24
 OPTIONS = (
@@ -116,7 +120,7 @@ def test_a_stopped_run_that_is_started_again_ends_the_same(
 
     with monkeypatch.context() as patch:
         patch.setattr(train_vq.VQTrainer, "train_step", step_and_signal)
-        assert train_vq.main(arguments(photos, tmp_path)) == train_vq.EXIT_STOPPED
+        assert train_vq.main(arguments(photos, tmp_path)) == EXIT_STOPPED
     assert not (tmp_path / "model").exists()
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["trainer"]["step"] == stop_step
@@ -147,11 +151,43 @@ def test_a_finished_run_started_again_changes_nothing(finished, photos, capsys):
 
 def test_a_checkpoint_of_another_run_is_refused_by_key(finished, photos, capsys):
     other = [*arguments(photos, finished), "optimizer.params.learning_rate=0.5"]
-    assert train_vq.main(other) == train_vq.EXIT_REFUSED
+    assert train_vq.main(other) == EXIT_REFUSED
     assert "optimizer.params {" in capsys.readouterr().err
     fewer = [*arguments(photos, finished), "dataset.max_images=50"]
-    assert train_vq.main(fewer) == train_vq.EXIT_REFUSED
+    assert train_vq.main(fewer) == EXIT_REFUSED
     assert "dataset.max_images 100000 -> 50" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("due", ["log_every", "save_every", "eval_every"])
+def test_diverged_training_says_so_and_saves_nothing_of_it(photos, tmp_path, capsys, due):
+    words = [f"experiment.{name}=1000" for name in ("log_every", "save_every", "eval_every")]
+    words += [f"experiment.{due}=1", "optimizer.params.learning_rate=1e30"]
+    assert train_vq.main([*arguments(photos, tmp_path), *words]) == EXIT_REFUSED
+    last = capsys.readouterr().err.splitlines()[-1]
+    step = 1 if due == "eval_every" else 2  # weights of 1e30 are finite, what they give is not
+    assert last.startswith(f"error: training has diverged at step {step}: ")
+    assert "lower optimizer.params.learning_rate (now 1e+30)" in last
+    assert not (tmp_path / "model").exists()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "checkpoint.pt").exists() == (due == "save_every")
+    if due == "save_every":  # of the first step, after which all was finite still
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["trainer"]
+        assert saved["step"] == 1
+        assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+@pytest.mark.parametrize("place", ["weight", "moment", "loss"])
+def test_a_number_that_is_not_finite_is_found_wherever_it_is(photos, tmp_path, place):
+    config = load_config(TrainVQConfig, arguments(photos, tmp_path))
+    trainer = VQTrainer(config, np.zeros((8, 3, 16, 16), np.uint8), torch.device("cpu"))
+    trainer.train_step()
+    trainer.check_finite()
+    weight = next(trainer.model.parameters())
+    moment = trainer.optimizer.state[weight]["exp_avg"]
+    spoilt = {"weight": weight.data, "moment": moment, "loss": trainer.totals}[place]
+    spoilt.view(-1)[-1] = float("nan")
+    with pytest.raises(FloatingPointError, match="at step 1"):
+        trainer.check_finite()
 
 
 def test_what_is_no_image_is_counted(photos):
@@ -222,11 +258,12 @@ def test_perplexity_counts_the_codes_in_effective_use():
         ("training.mixed_precision=fp8", "mixed_precision"),
     ],
 )
-def test_impossible_options_are_refused_by_name(photos, tmp_path, word, message):
-    with pytest.raises(SystemExit, match=message):
+def test_impossible_options_are_refused_by_name(photos, tmp_path, capsys, word, message):
+    with pytest.raises(SystemExit) as exit:
         train_vq.main([*arguments(photos, tmp_path), word])
+    assert exit.value.code == EXIT_REFUSED and message in capsys.readouterr().err
 
 
 def test_a_folder_without_images_is_refused(tmp_path, capsys):
-    assert train_vq.main(arguments(tmp_path / "nothing", tmp_path / "run")) == train_vq.EXIT_REFUSED
+    assert train_vq.main(arguments(tmp_path / "nothing", tmp_path / "run")) == EXIT_REFUSED
     assert "nothing" in capsys.readouterr().err

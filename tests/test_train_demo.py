@@ -17,7 +17,7 @@ from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.train_vq_config import TrainVQConfig
 from train_stage.config import TrainConfig
 from train_stage.demo import DemoConfig, plan_parts
-from train_stage.demo_data import CLASS_NAMES, main, write_tars
+from train_stage.demo_data import CLASS_NAMES, FETCHED, FILES, INSTALLED, main, write_tars
 from train_stage.demo_parts import Part, run_parts
 from train_stage.evaluate import EvaluateConfig
 from train_stage.generate import GenerateConfig
@@ -140,6 +140,21 @@ def test_outputs_of_other_settings_are_never_mixed_in(tmp_path) -> None:
     assert (tmp_path / "log").read_text() == "a b c b c "
 
 
+def test_what_an_interrupted_part_left_is_removed_where_it_starts_over(tmp_path) -> None:
+    code = f"from pathlib import Path as P; P('{tmp_path}/out').mkdir(); "
+    code += f"P('{tmp_path}/out/picture').touch(); P('{tmp_path}/go').rename('{tmp_path}/gone')"
+    part = Part("a", [["python", "-c", code]], "out", starts_over=True)
+    with pytest.raises(subprocess.CalledProcessError):  # stops after a picture: no file "go"
+        run_parts([part], tmp_path)
+    assert (tmp_path / "out/picture").exists()
+    (tmp_path / "go").touch()
+    assert run_parts([part], tmp_path).parts["a"]["done"]
+    (tmp_path / "progress.json").unlink()
+    with pytest.raises(ValueError, match=f"rm -r {tmp_path}/out"):  # not known to be ours
+        run_parts([part], tmp_path)
+    assert (tmp_path / "out/picture").exists()
+
+
 def test_a_changed_config_file_changes_the_part(tmp_path) -> None:
     config = tmp_path / "some.yaml"
     config.write_text("steps: 1")
@@ -162,9 +177,21 @@ def test_each_command_reads_what_the_one_before_it_wrote() -> None:
     assert c["tokenize"].model.vq_model.pretrained == tokenizer
     assert c["train"].dataset.train_store == c["tokenize"].store.path == words["check"][-1]
     assert c["generate"].model == f"{c['train'].experiment.output_dir}/model"
-    assert c["generate"].vq_model == c["evaluate"].vq_model == tokenizer
+    assert c["generate"].vq_model is None  # the one that the store names
+    assert c["evaluate"].vq_model == tokenizer
     assert c["evaluate"].generated == c["generate"].output_dir
     assert (c["evaluate"].train, c["evaluate"].test) == (f"{data}/train", f"{data}/test")
+
+
+def test_a_command_of_the_demo_takes_its_config_and_what_the_user_overrides() -> None:
+    def words(**options) -> list[str]:
+        return next(p for p in plan_parts(DemoConfig(**options)) if p.name == "generate").commands[
+            0
+        ]
+
+    assert words() == ["muse-generate", "config=configs/generate/fashion_mnist.yaml"]
+    given = words(guidance_scale=0.0, images_per_class=5, generate="seed=3")[2:]
+    assert given == ["guidance_scale=0.0", "images_per_class=5", "seed=3"]
 
 
 def write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -195,6 +222,65 @@ def test_fashion_mnist_becomes_tars_and_class_folders(tmp_path, capsys) -> None:
     order = np.argsort(labels[:20], kind="stable")
     assert test_ids.tolist() == labels[order].tolist()
     assert np.array_equal(test[:, 0].numpy(), images[order])
+
+
+def write_splits(folder: Path) -> None:
+    images, labels = np.zeros((20, 28, 28), np.uint8), np.arange(20, dtype=np.uint8) % 10
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "t10k"):
+        write_idx(folder, part, images, labels)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_off_is_refused_by_name(tmp_path, capsys, name) -> None:
+    write_splits(tmp_path)
+    words, whole = (
+        [f"data={tmp_path}", f"output_dir={tmp_path}/out"],
+        (tmp_path / name).read_bytes(),
+    )
+    (tmp_path / name).write_bytes(whole[:-9])  # what a killed dpkg-deb leaves
+    assert main(words) == 2
+    assert f"{tmp_path / name} is damaged: " in capsys.readouterr().err
+    (tmp_path / name).write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
+    assert main(words) == 2
+    assert f"{tmp_path / name} is damaged: " in capsys.readouterr().err
+    (tmp_path / name).write_bytes(whole)
+    assert main(words) == 0
+
+
+def test_a_download_is_whole_or_fetched_again(tmp_path, monkeypatch, capsys) -> None:
+    fetched = []
+
+    def killed(folder: Path) -> None:
+        fetched.append("killed")
+        write_splits(folder / INSTALLED)
+        (folder / INSTALLED / FILES[0]).write_bytes(b"")
+        raise KeyboardInterrupt
+
+    def cut(folder: Path) -> None:
+        fetched.append("cut")
+        write_splits(folder / INSTALLED)
+        (folder / INSTALLED / FILES[0]).write_bytes(b"")
+
+    def whole(folder: Path) -> None:
+        fetched.append("whole")
+        write_splits(folder / INSTALLED)
+
+    monkeypatch.setattr("train_stage.demo_data.INSTALLED", Path(f"{tmp_path}/not-installed"))
+    monkeypatch.delitem(FETCHED, "torchvision")
+    words = [f"output_dir={tmp_path}/out"]
+    monkeypatch.setitem(FETCHED, "debian", (killed, INSTALLED))
+    with pytest.raises(KeyboardInterrupt):
+        main(words)
+    monkeypatch.setitem(FETCHED, "debian", (cut, INSTALLED))
+    assert main(words) == 2
+    assert f"{FILES[0]} is damaged" in capsys.readouterr().err
+    monkeypatch.setitem(FETCHED, "debian", (whole, INSTALLED))
+    assert main(words) == main(words) == 0
+    assert fetched == ["killed", "cut", "whole"]
+    (tmp_path / "out/download/debian" / INSTALLED / FILES[0]).write_bytes(b"")
+    assert main(words) == 0
+    assert fetched[3:] == ["whole"] and "not used: " in capsys.readouterr().out
 
 
 def test_tars_are_the_same_bytes_every_time(tmp_path) -> None:

@@ -15,11 +15,11 @@ from train_stage.classifier import (
     mean_pairwise_distance,
     train_classifier,
 )
-from train_stage.evaluate import EvaluateConfig, evaluate, main
+from train_stage.evaluate import EvaluateConfig, compare, disjoint_rows, evaluate, main
 from train_stage.pictures import save_pictures
 
 CLASSES = ["corner", "bar", "blank"]
-SETS = [("train", 100, 1), ("test", 40, 2)]  # name, pictures of each class, seed
+SETS = [("train", 100, 1), ("test", 60, 2)]  # name, pictures of each class, seed
 
 
 def draw(class_id: int, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -53,7 +53,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(real: dict[str, str], generated: str, **options) -> dict:
-    config = EvaluateConfig(generated=generated, **real, epochs=3, batch_size=20, **options)
+    options = {"epochs": 3, "batch_size": 20, "device": "cpu", **options}
+    config = EvaluateConfig(generated=generated, **real, **options)
     return evaluate(config)
 
 
@@ -129,6 +130,29 @@ def test_evaluate_tells_good_wrong_and_monotonous_pictures_apart(real, tmp_path:
     assert good["pictures_generated"] == good["pictures_compared"] == 90
 
 
+def test_sets_of_rows_have_each_class_in_number_and_no_row_twice() -> None:
+    class_ids = torch.tensor([2, 0, 2, 2, 0, 1, 2, 0, 0, 2])
+    counts, generator = torch.tensor([2, 0, 1]), torch.Generator().manual_seed(0)
+    sets = disjoint_rows(class_ids, counts, 2, generator)
+    assert [class_ids[rows].tolist() for rows in sets] == [[0, 0, 2]] * 2
+    assert len(set(torch.cat(sets).tolist())) == 6
+
+
+def test_real_pictures_are_compared_with_other_real_ones_of_the_same_number() -> None:
+    """Generated pictures drawn as the real ones are have the distance that real ones have."""
+    classifier = train_classifier(*draw_set(60, 1), 3, torch.Generator().manual_seed(0), 2, 20)
+    generated, test = draw_set(80, 5), draw_set(160, 2)
+    ratios = []
+    for seed in range(8):
+        results = compare(classifier, generated, test, CLASSES, torch.Generator().manual_seed(seed))
+        ratios.append(results["feature_distance"] / results["feature_distance_real"])
+    assert results["pictures_compared"] == 240
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.25)
+    few = draw_set(30, 2)  # half of 30 are 15 a class
+    results = compare(classifier, generated, few, CLASSES, torch.Generator().manual_seed(0))
+    assert results["pictures_compared"] == 45
+
+
 def test_the_command_writes_its_results_and_keeps_the_classifier(real, tmp_path, capsys) -> None:
     pictures, class_ids = draw_set(10, seed=4)
     generated = save_set(tmp_path / "generated", pictures, class_ids, "012")
@@ -141,7 +165,7 @@ def test_the_command_writes_its_results_and_keeps_the_classifier(real, tmp_path,
         classifier.stat().st_mtime_ns,
         json.loads((output / "evaluation.json").read_text()),
     )
-    assert "feature distance to 30 real test pictures" in capsys.readouterr().out
+    assert "30 generated, " in (out := capsys.readouterr().out) and "30 other test pictures" in out
     assert results["psnr"] is None and (output / "generated_vs_real.png").is_file()
     assert main(words) == 0
     assert classifier.stat().st_mtime_ns == written
@@ -150,7 +174,7 @@ def test_the_command_writes_its_results_and_keeps_the_classifier(real, tmp_path,
     assert len(list(output.glob("classifier-*"))) == 2
 
 
-def test_what_cannot_be_compared_is_refused(real, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused(real, tmp_path: Path, capsys) -> None:
     pictures, class_ids = draw_set(4, seed=5)
     named = save_set(tmp_path / "named", pictures, class_ids, ["cat", "dog", "owl"])
     with pytest.raises(ValueError, match="cat, dog, owl: generated pictures lie in folders"):
@@ -159,10 +183,15 @@ def test_what_cannot_be_compared_is_refused(real, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="generated has class 9, the real pictures only 0 to 2"):
         run(real, beyond)
     single = save_set(tmp_path / "single", pictures[[0, 1, 4]], class_ids[[0, 1, 4]], "01")
-    with pytest.raises(ValueError, match="class 1 has"):
+    with pytest.raises(ValueError, match="class 1 has 1 generated and 60 test pictures"):
         run(real, single)
+    with pytest.raises(ValueError, match="device=gpu: legal are auto"):
+        run(real, single, device="gpu")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(real, str(tmp_path / "nowhere"))
+    words = [f"{key}={path}" for key, path in real.items()]
+    assert main([*words, f"generated={tmp_path}/nowhere"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def test_tokenizer_quality_is_measured_on_the_test_pictures(real, tmp_path: Path) -> None:
@@ -176,7 +205,7 @@ def test_tokenizer_quality_is_measured_on_the_test_pictures(real, tmp_path: Path
     pictures, class_ids = draw_set(4, seed=6)
     generated = save_set(tmp_path / "generated", pictures, class_ids, "012")
     psnr = run(real, generated, vq_model=str(tmp_path / "vq"))["psnr"]
-    test_pictures, _ = draw_set(40, seed=2)
+    test_pictures, _ = draw_set(60, seed=2)
     expected = 10 * torch.log10(255**2 / test_pictures.double().square().mean())
     assert psnr == pytest.approx(float(expected), abs=1e-6)
     assert (Path(real["output_dir"]) / "reconstructions.png").is_file()

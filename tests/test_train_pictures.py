@@ -2,11 +2,13 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
 import webdataset
 from PIL import Image
 
+from tokenize_stage.pixels import decode_image
 from tokenize_stage.vq import VQModel
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from train_stage.pictures import (
@@ -104,14 +106,23 @@ def test_tars_are_read_with_their_classes(tmp_path) -> None:
     assert read_pictures(tmp_path, limit=4)[1].tolist() == [0, 1, 2, 0]
 
 
-def test_pictures_are_scaled_by_the_shorter_side_and_cropped(tmp_path) -> None:
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "I;16", "CMYK", "EXIF"])
+def test_pictures_are_decoded_as_they_were_for_the_codes(tmp_path, mode) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(30, 47, 4), dtype=np.uint8)
     (tmp_path / "a").mkdir()
-    wide = Image.new("L", (60, 20), 0)
-    wide.paste(255, (20, 0, 40, 20))  # the middle third is what a centre crop keeps
-    wide.save(tmp_path / "a/wide.png")
-    read, _, _ = read_pictures(tmp_path, resolution=10)
-    assert read.shape == (1, 3, 10, 10)
-    assert read[0, :, :, 2:8].min() == 255
+    file = tmp_path / "a" / ("0.jpg" if mode == "CMYK" else "0.png")
+    if mode == "I;16":
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(file)
+    elif mode == "EXIF":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # lies on its side
+        Image.fromarray(pixels[..., :3]).save(file, exif=exif)
+    else:
+        Image.fromarray(pixels, "RGBA").convert(mode).save(file)
+    for resolution in (10, None):  # None: the shorter side
+        (read,), _, _ = read_pictures(tmp_path, resolution)
+        expected = decode_image(file.read_bytes(), resolution or 30).pixels
+        assert np.array_equal(read.numpy(), expected)
 
 
 def test_what_cannot_be_read_is_named(tmp_path) -> None:
@@ -121,7 +132,7 @@ def test_what_cannot_be_read_is_named(tmp_path) -> None:
         read_pictures(tmp_path / "nowhere")
     save_pictures(draw(1), tmp_path, ["a/0.png"])
     save_pictures(draw(1, size=8), tmp_path, ["a/1.png"])
-    with pytest.raises(ValueError, match="1.png is 8x8, those before it 16x16"):
+    with pytest.raises(ValueError, match="1.png is 8x8, those before it 16x16: all must"):
         read_pictures(tmp_path)
     (tmp_path / "a/0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="0.png is not a picture"):

@@ -8,14 +8,17 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import TypeVar
 
 from tokenize_stage.pixels import BadImage, Picture, decode_image
+from tokenize_stage.process import Stopped
 from tokenize_stage.sources import InputShard, Sample, Skipped, read_samples
 
 T = TypeVar("T")
+POLL_S = 0.1  # between two looks at whether to stop
+JOIN_S = 2  # given to a reading thread to end; a stalled read may never
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,14 @@ Outcome = Decoded | Skipped | None
 
 
 def decode_ahead(
-    shards: Iterable[InputShard], resolution: int, threads: int, queue_size: int
+    shards: Iterable[InputShard], resolution: int, threads: int, queue_size: int, stop: Event
 ) -> Generator[Outcome, None, None]:
     """Yields the outcomes of all shards in order, while later ones are read and decoded.
 
-    Close the generator to stop early. Raises what reading an input raises, in its turn.
+    Close the generator to stop early. Raises what reading an input raises, in its turn, and
+    Stopped once `stop` is set, also where the next outcome does not come.
     """
-    return _in_thread(_decode(shards, resolution, threads), queue_size)
+    return _in_thread(_decode(shards, resolution, threads), queue_size, stop)
 
 
 def _decode(
@@ -82,22 +86,24 @@ class _End:
     error: BaseException | None = None
 
 
-def _in_thread(items: Generator[T, None, None], queue_size: int) -> Generator[T, None, None]:
+def _in_thread(
+    items: Generator[T, None, None], queue_size: int, stop: Event
+) -> Generator[T, None, None]:
     """Runs a generator in a thread of its own, at most queue_size items ahead."""
     queue: Queue[T | _End] = Queue(queue_size)
-    stopped = Event()
+    closed = Event()
 
     def put(item: T | _End) -> None:
-        while not stopped.is_set():
+        while not closed.is_set():
             with suppress(Full):
-                return queue.put(item, timeout=0.1)
+                return queue.put(item, timeout=POLL_S)
 
     def fill() -> None:
         try:
             with closing(items):
                 for item in items:
                     put(item)
-                    if stopped.is_set():
+                    if closed.is_set():
                         return
             put(_End())
         except BaseException as error:  # raised again where the items are used
@@ -106,10 +112,18 @@ def _in_thread(items: Generator[T, None, None], queue_size: int) -> Generator[T,
     thread = Thread(target=fill, name="read", daemon=True)
     thread.start()
     try:
-        while not isinstance(item := queue.get(), _End):
-            yield item
-        if item.error:
-            raise item.error
+        while not stop.is_set():
+            try:
+                item = queue.get(timeout=POLL_S)
+            except Empty:
+                continue
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is None:
+                return
+            elif not stop.is_set():  # else Ctrl-C has ended a `pipe:` command, too
+                raise item.error
+        raise Stopped
     finally:
-        stopped.set()
-        thread.join()
+        closed.set()
+        thread.join(JOIN_S)

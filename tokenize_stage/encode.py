@@ -11,11 +11,10 @@ that cannot be encoded are counted, and listed with a reason in the store. Exit 
 """
 
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +26,23 @@ from storage.pretrained import model_fingerprint
 from storage.reader import TokenStore
 from storage.schema import ArrayColumn, StoreMeta, Tokenizer, codes_dtype
 from storage.stats import store_sizes
-from storage.writer import ShardWriter, create_store
+from storage.writer import ShardWriter, create_store, expect_shards
 from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.decode_ahead import Decoded, Outcome, decode_ahead
 from tokenize_stage.pixels import TRANSFORM
+from tokenize_stage.process import (
+    EXIT_STOPPED,
+    Stopped,
+    pick_device,
+    refuse,
+    stop_on_signals,
+)
 from tokenize_stage.progress import Progress
 from tokenize_stage.remaining import remaining_shards
 from tokenize_stage.sources import InputShard, Skipped, list_input_shards
 from tokenize_stage.vq import load_vq_model
 from tokenize_stage.vq.model import VQModel
 from tokenize_stage.work_split import share_of, this_task
-
-EXIT_REFUSED, EXIT_STOPPED = 2, 75
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass
@@ -62,26 +65,28 @@ def main(argv: list[str] | None = None) -> int:
         try:
             job = plan(config)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_REFUSED
+            return refuse(error)
         print(
             f"task {job.task} of {job.tasks}: {len(job.mine)} of {len(job.shards)} input shards, "
             f"{len(job.mine) - len(job.todo)} finished before, {len(job.todo)} to do"
         )
-        progress = Progress(len(job.todo), known_rows_per_shard(job))
-        with closing(progress):
-            is_complete = encode_shards(job, config, progress, stop)
+        status = 0
+        with closing(Progress(len(job.todo), known_rows_per_shard(job))) as progress:
+            try:
+                encode_shards(job, config, progress, stop)
+            except Stopped:
+                status = EXIT_STOPPED
     print_summary(job, progress)
-    if not is_complete:
+    if status == EXIT_STOPPED:
         print("stopped by a signal; finished shards are kept: run the same command again")
-    return 0 if is_complete else EXIT_STOPPED
+    return status
 
 
 def plan(config: TokenizeConfig) -> Job:
     """Finds the work, loads the tokenizer, makes or checks the store; refuses what is wrong."""
     dataset, path = config.dataset, Path(config.store.path)
     task, tasks = this_task(config.task, config.tasks, os.environ)
-    device = pick_device(config.encode.device, os.environ)
+    device = pick_device("encode.device", config.encode.device, os.environ)
     shards = list_input_shards(dataset.shards_path_or_url, dataset.images_per_shard)
     mine = share_of(shards, task, tasks)
     vq = load_vq_model(config.model.vq_model.pretrained)
@@ -91,6 +96,7 @@ def plan(config: TokenizeConfig) -> Job:
     except OSError as error:
         raise ValueError(f"store.path={path} cannot be written: {error}") from error
     todo = remaining_shards(path, mine)
+    expect_shards(path, [shard.name for shard in shards])  # all tasks': `verify` counts them
     print(f"tokenizer {config.model.vq_model.pretrained} on {device} in {config.encode.dtype}")
     vq.to(device, getattr(torch, config.encode.dtype)).to(memory_format=torch.channels_last)
     return Job(shards, mine, todo, task, tasks, path, pixel_encoder(vq))
@@ -98,19 +104,17 @@ def plan(config: TokenizeConfig) -> Job:
 
 def encode_shards(
     job: Job, config: TokenizeConfig, progress: Progress, stop: threading.Event
-) -> bool:
+) -> None:
     """Reads, decodes, encodes and writes the shards to do, one after the other.
 
-    Returns False when `stop` was set; that, and any error, abandons the shard in hand.
+    Raises Stopped soon after `stop` was set; that, and any error, abandons the shard in hand.
     """
     batch_size, resolution = config.encode.batch_size, config.dataset.preprocessing.resolution
     threads = config.encode.decode_threads or len(os.sched_getaffinity(0))
-    with closing(decode_ahead(job.todo, resolution, threads, batch_size)) as outcomes:
+    with closing(decode_ahead(job.todo, resolution, threads, batch_size, stop)) as outcomes:
         for shard in job.todo:
             writer = ShardWriter(job.store, shard.name, source=shard.source)
             for batch in batches(outcomes, batch_size, writer, progress):
-                if stop.is_set():
-                    return False
                 with progress.phase("encode"):
                     codes = job.encode(np.stack([row.picture.pixels for row in batch]))
                 with progress.phase("write"):
@@ -119,7 +123,6 @@ def encode_shards(
             with progress.phase("write"):
                 writer.commit()
             progress.shard_done()
-    return True
 
 
 def batches(
@@ -184,8 +187,9 @@ def store_meta(config: TokenizeConfig, vq: VQModel, shards: Sequence[InputShard]
             "the pixels along a side of one code of this tokenizer"
         )
     h, w = vq.grid(resolution)
-    tokenizer = Tokenizer(
-        name=config.model.vq_model.pretrained,
+    pretrained = config.model.vq_model.pretrained
+    tokenizer = Tokenizer(  # a folder is found from everywhere, a hub name stays one
+        name=str(Path(pretrained).resolve()) if Path(pretrained).is_dir() else pretrained,
         class_name=type(vq).__name__,
         codebook_size=vq.codebook_size,
         grid=[h, w],
@@ -202,21 +206,6 @@ def store_meta(config: TokenizeConfig, vq: VQModel, shards: Sequence[InputShard]
     )
 
 
-def pick_device(name: str, environ: Mapping[str, str]) -> torch.device:
-    """`auto` is the GPU of this process's place on its node (SLURM_LOCALID), else the CPU."""
-    gpus = torch.cuda.device_count()
-    if name == "auto":
-        place = int(environ.get("SLURM_LOCALID", 0))
-        return torch.device("cuda", place % gpus) if gpus else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"encode.device={name}: legal are auto, cpu, cuda, cuda:0, …") from None
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise ValueError(f"encode.device={name}, but torch sees {gpus} CUDA devices here")
-    return device
-
-
 def known_rows_per_shard(job: Job) -> float | None:
     """Images in a shard to do, where that is known before reading: for the time left."""
     files = [len(shard.files) for shard in job.todo if shard.files is not None]
@@ -224,24 +213,6 @@ def known_rows_per_shard(job: Job) -> float | None:
         return sum(files) / len(files)
     store = TokenStore(job.store)
     return len(store) / len(store.shards) if store.shards else None
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Yields an event that STOP_SIGNALS set; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-
-    def handle(number: int, _frame: object) -> None:
-        stop.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def print_summary(job: Job, progress: Progress) -> None:

@@ -5,8 +5,8 @@
 
 Comes before the nine steps: OUTPUT_DIR/model is what muse-tokenize encodes with. Interrupted at
 any instant and started again with the same words, it goes on from its last checkpoint and, on a
-CPU, ends with the same weights bit for bit. Exit status: 0 done, 2 refused before any work, 75
-stopped by SIGTERM, SIGUSR1 or Ctrl-C and to be run again.
+CPU, ends with the same weights bit for bit. Exit status: 0 done, 2 refused before any work or
+diverged, 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C and to be run again.
 """
 
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from configs.load import dump_config, load_command_config
 from storage.atomic import atomic_file
-from tokenize_stage.encode import EXIT_REFUSED, EXIT_STOPPED, pick_device, stop_on_signals
+from tokenize_stage.process import EXIT_STOPPED, pick_device, refuse, stop_on_signals
 from tokenize_stage.train_vq_config import TrainVQConfig
 from tokenize_stage.vq_evaluate import evaluate, save_reconstructions
 from tokenize_stage.vq_images import ImageSet, load_images
@@ -41,9 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             trainer, images, identity = prepare(run, config)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_REFUSED
-        train(run, trainer, images, identity, stop)
+            return refuse(error)
+        try:
+            train(run, trainer, images, identity, stop)
+        except FloatingPointError as error:
+            return refuse(error)
     if trainer.step < config.training.max_train_steps:
         print(f"stopped by a signal after step {trainer.step:,}: run the same command again")
         return EXIT_STOPPED
@@ -62,7 +64,7 @@ def prepare(run: Path, config: TrainVQConfig) -> tuple[VQTrainer, ImageSet, dict
     Returns, third, the run's identity. Raises ValueError or OSError for what must be refused.
     """
     training, dataset, resolution = config.training, config.dataset, config.model.resolution
-    device = pick_device(training.device, os.environ)
+    device = pick_device("training.device", training.device, os.environ)
     images = load_images(
         dataset.shards_path_or_url,
         resolution,
@@ -129,40 +131,54 @@ def train(
     identity: dict[str, Any],
     stop: threading.Event,
 ) -> None:
-    """Runs to the last step or until `stop` is set, and leaves a checkpoint of where it ended."""
+    """Runs to the last step or until `stop` is set, and leaves a checkpoint of where it ended.
+
+    Raises FloatingPointError, and writes nothing more, once training has diverged.
+    """
     every, training = trainer.config.experiment, trainer.config.training
     last, batch_size = training.max_train_steps, training.batch_size
-    bar = tqdm(
-        total=last * batch_size,
-        initial=trainer.step * batch_size,
-        desc="train",
-        unit=" images",
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-    )
     seconds = 0.0
-    with bar, open(run / METRICS, "a", buffering=1) as metrics:
+    with progress_bar(trainer) as bar, open(run / METRICS, "a", buffering=1) as metrics:
         while trainer.step < last:
             started = time.perf_counter()
             trainer.train_step()
             step, is_last, is_stopping = trainer.step, trainer.step == last, stop.is_set()
+            is_log = step % every.log_every == 0 or is_last
+            is_eval = step % every.eval_every == 0 or is_last
+            is_save = step % every.save_every == 0 or is_last or is_stopping
+            if is_log or is_eval or is_save:
+                trainer.check_finite()
             seconds += time.perf_counter() - started
-            if step % every.log_every == 0 or is_last:
+            if is_log:
                 rate = trainer.steps_in_totals * batch_size / seconds
                 values = trainer.pop_metrics() | {"images_per_s": rate}
                 metrics.write(json.dumps({"step": step, "split": "train", **values}) + "\n")
                 bar.set_postfix(psnr=f"{values['psnr']:.2f}", refresh=False)
                 seconds = 0.0
-            if step % every.eval_every == 0 or is_last:
+            if is_eval:
                 values = evaluate(trainer.model, images.held_out, batch_size, trainer.device)
+                trainer.check_finite(values["psnr"])
                 metrics.write(json.dumps({"step": step, "split": "held_out", **values}) + "\n")
                 save_reconstructions(trainer.model, images.held_out, run / PICTURE, trainer.device)
                 bar.write(f"step {step:,} of {last:,}: {quality(values, trainer)}")
             bar.update(batch_size)
-            if step % every.save_every == 0 or is_last or is_stopping:
+            if is_save:
                 with atomic_file(run / CHECKPOINT) as temporary:
                     torch.save({"trainer": trainer.state_dict(), "identity": identity}, temporary)
             if is_stopping:
                 return
+
+
+def progress_bar(trainer: VQTrainer) -> tqdm:
+    """Counts images from where the trainer is; a log file gets a line every 30 s."""
+    training = trainer.config.training
+    return tqdm(
+        total=training.max_train_steps * training.batch_size,
+        initial=trainer.step * training.batch_size,
+        desc="train",
+        unit=" images",
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    )
 
 
 def quality(measured: dict[str, float], trainer: VQTrainer) -> str:

@@ -102,16 +102,25 @@ class VQTrainer:
         done = (self.step - warmup) / max(1, self.config.training.max_train_steps - warmup)
         return highest * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
+    def check_finite(self, psnr: float = 0.0) -> None:
+        """Raises FloatingPointError for a loss or gradient since the last log, a weight or an
+        average of the optimizer that is not finite, or a PSNR that is NaN. Waits for the device.
+        """
+        moments = [t for state in self.optimizer.state.values() for t in state.values()]
+        tensors = [self.totals, *self.model.state_dict().values(), *moments]
+        if math.isnan(psnr) or not all(bool(t.isfinite().all()) for t in tensors):
+            raise FloatingPointError(
+                f"training has diverged at step {self.step}: the loss or a weight is not "
+                "finite; lower optimizer.params.learning_rate (now "
+                f"{self.config.optimizer.params.learning_rate:g}) and start again with another "
+                "experiment.output_dir"
+            )
+
     def pop_metrics(self) -> dict[str, float]:
         """Means over the steps since the last call. Waits for the device."""
         means = dict(zip(TOTALS, self.totals.tolist(), strict=True))
         revived = int(means.pop("revived"))
         means = {name: total / self.steps_in_totals for name, total in means.items()}
-        if not math.isfinite(means["reconstruction"]):
-            raise FloatingPointError(
-                f"the loss is {means['reconstruction']} at step {self.step}; "
-                "lower optimizer.params.learning_rate and start again in another output_dir"
-            )
         means["psnr"] = -10 * math.log10(max(means["reconstruction"], 1e-10))
         used = int((self.counts > 0).sum())
         means |= {"codes_used": used, "revived": revived, "learning_rate": self.learning_rate()}
