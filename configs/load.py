@@ -111,9 +111,9 @@ def describe(schema: type) -> str:
 
 def _read_yaml(path: Path) -> Any:
     if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
-        found = ", ".join(sorted(str(p) for p in folder.rglob("*.yaml"))) or "none"
-        raise ConfigError(f"config={path} does not exist; YAML files there: {found}")
+        near = sorted(path.parent.glob("*.yaml")) if path.parent != Path(".") else []
+        found = ", ".join(map(str, near or sorted(Path(__file__).parent.rglob("*.yaml"))))
+        raise ConfigError(f"config={path} does not exist; there are: {found}")
     return OmegaConf.load(path)
 
 
