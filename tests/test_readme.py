@@ -76,7 +76,7 @@ def run(command):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def playground(tmp_path_factory):
     """A folder with what the README speaks of: photos, a store, the tokenizer in the hub's cache.
 
     The tokenizer has the published grid and codebook, but few channels and random weights.
@@ -98,16 +98,16 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture
-def in_workplace(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(workplace / "hub"))
+def in_playground(playground, monkeypatch):
+    monkeypatch.chdir(playground)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(playground / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if not Path("store").exists():
         run(PIPELINE[0])
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_python_block(in_workplace, index):
+def test_python_block(in_playground, index):
     exec(compile(BLOCKS[index], f"README.md block {index}", "exec"), {})
 
 
@@ -115,7 +115,7 @@ def test_there_are_blocks():
     assert len(BLOCKS) == 4
 
 
-def test_the_four_commands_turn_photos_into_pictures(in_workplace):
+def test_the_four_commands_turn_photos_into_pictures(in_playground):
     names = [command[0] for command in PIPELINE]
     assert names == ["muse-tokenize", "muse-store", "muse-store", "muse-train", "muse-generate"]
     for command in PIPELINE[1:]:
