@@ -1,13 +1,17 @@
 """Array columns as an uncompressed Arrow IPC file: fixed-size lists, memory-mapped.
 
-Rows are read in place, without a copy; pyarrow, polars and duckdb open the same file.
+Rows lie one after the other from a byte offset that the manifest names, so that they are read in
+place, without a copy; pyarrow, polars and duckdb open the same file.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from storage.files import StoreFiles
 
 
 def write_array(path: Path, array: np.ndarray, chunk_rows: int) -> None:
@@ -23,12 +27,46 @@ def write_array(path: Path, array: np.ndarray, chunk_rows: int) -> None:
         writer.write_batch(pa.record_batch([values], schema=schema))
 
 
-def read_array(path: Path) -> np.ndarray:
-    """All rows as a read-only view of the mapped file. Raises ValueError when it is no IPC file."""
+def data_offset(path: Path) -> int:
+    """At which byte of the file the first row begins. Raises ValueError for another file."""
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        values = reader.get_batch(0).column(0).flatten()
-        shape = json.loads(reader.schema.metadata[b"shape"])
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
+        with pa.memory_map(str(path)) as source:
+            whole = source.read_buffer()
+            rows = pa.ipc.open_file(whole).get_batch(0).column(0).flatten()
+            return rows.buffers()[1].address - whole.address if len(rows) else 0
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    return values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
+
+
+class ArrowChunks:
+    """Where the chunks of one array column lie in its file, and how they decode."""
+
+    def __init__(self, files: StoreFiles, name: str, manifest: dict[str, Any], chunk: np.ndarray):
+        """name: of the file, in the store; chunk: an array of a whole chunk's shape and dtype."""
+        self.name, self.chunk, self.rows = name, chunk, manifest["rows"]
+        local = files.local_path(name)
+        if "offsets" in manifest:
+            self.offset = manifest["offsets"][Path(name).stem]
+        elif local is not None:
+            self.offset = data_offset(local)  # schema version 1 did not note it
+        else:
+            raise ValueError(f"{files.url} is of schema version 1: muse-store convert a local copy")
+        self.mapped = None  # (rows, ...) in place
+        if local is not None and self.rows:
+            try:
+                shape = (self.rows, *chunk.shape[1:])
+                self.mapped = np.memmap(local, chunk.dtype, "r", self.offset, shape)
+            except ValueError as error:
+                raise ValueError(f"{local} is damaged: {error}") from None
+
+    def byte_range(self, chunk: int) -> tuple[int, int]:
+        """(start, length) of a chunk."""
+        first = chunk * len(self.chunk)
+        rows = min(len(self.chunk), self.rows - first)
+        row_bytes = self.chunk.nbytes // len(self.chunk)
+        return self.offset + first * row_bytes, rows * row_bytes
+
+    def decode(self, content: bytes | None, out: np.ndarray) -> None:
+        """Fills `out`, the rows of one chunk, from its bytes."""
+        assert content is not None  # every chunk of an arrow file is written
+        out[:] = np.frombuffer(content, out.dtype).reshape(out.shape)

@@ -84,13 +84,18 @@ def json_text(value: dict[str, Any]) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads what write_json wrote. Raises ValueError naming the file when a byte has changed."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """json_text backwards. Raises ValueError, naming the file, when a byte has changed."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
         digest = value.pop("digest")
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; restore it or encode it again") from None
+        raise ValueError(f"{name} is damaged: {error!r}; restore it or encode it again") from None
     if digest != fingerprint(value):
-        raise ValueError(f"{path} is damaged: its digest does not match its content")
+        raise ValueError(f"{name} is damaged: its digest does not match its content")
     return value
 
 

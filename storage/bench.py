@@ -48,7 +48,7 @@ def measure(folder: Path, backend: str, codes: np.ndarray, size: int) -> tuple[f
     with ShardWriter(folder, "a", source="random") as writer:
         writer.add({"codes": codes, "key": [str(row) for row in range(ROWS)]})
     write = codes.nbytes / (time.perf_counter() - started) / 1e9
-    read = codes.nbytes / best_seconds(lambda: TokenStore(folder).shard_array("a")) / 1e9
+    read = codes.nbytes / best_seconds(lambda: TokenStore(folder).read_codes(slice(None))) / 1e9
     return store_sizes(TokenStore(folder))["bits_per_code"]["codes"], write, read
 
 

@@ -8,15 +8,15 @@ muse-store stats STORE           codebook usage, perplexity, classes; also as ST
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from storage.reader import TokenStore
-from storage.schema import read_meta
-from storage.shard import verify_shard
 from storage.stats import class_histogram, codebook_usage, draw_stats, store_sizes
+from storage.verify import verify_store
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,22 +66,18 @@ def info(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Reads every byte of every shard; prints what is damaged or missing."""
-    meta = read_meta(args.store)
-    folders = sorted(entry for entry in (args.store / "shards").iterdir() if entry.name[0] != ".")
-    problems = []
-    for folder in tqdm(folders, desc="verify", unit="shard", disable=None):
-        problems += verify_shard(folder)
+
+    def bar(items: Iterable[Any], total: int) -> Iterable[Any]:
+        return tqdm(items, total=total, desc="verify", unit="shard", disable=None)
+
+    problems = verify_store(args.store, bar)
     for problem in problems:
         print(problem)
     if problems:
-        print(f"{len(problems)} problems: delete those shard folders and run muse-tokenize again")
+        print(f"{len(problems)} problems")
         return 1
     store = TokenStore(args.store)
-    missing = store.missing_shards()
-    if missing:
-        print(f"{len(missing)} shards are missing, {missing[0]} first: run muse-tokenize again")
-        return 1
-    print(f"{args.store}: {len(folders)} shards, {len(store):,} rows, whole ({meta.backend})")
+    print(f"{args.store}: {len(store.shards)} shards, {len(store):,} rows, whole")
     return 0
 
 

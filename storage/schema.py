@@ -1,11 +1,6 @@
 """What a token store is: store.json as dataclasses, and the columns of a row.
 
-STORE/store.json                      StoreMeta: written once, never changed
-STORE/expected.json                   names of the shards it is to have, for `verify`
-STORE/shards/NAME/manifest.json       rows, files with sha256, chunk checksums
-STORE/shards/NAME/codes.zarr|.arrow   one file (or Zarr array) an array column: (rows, ...) integers
-STORE/shards/NAME/rows.parquet        everything else of a row, TABLE_SCHEMA
-STORE/shards/NAME/skipped.parquet     rejected samples, SKIPPED_SCHEMA; only where there are any
+storage/README.md is the format of every file, field by field.
 """
 
 import dataclasses
@@ -16,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from storage.atomic import read_json, write_json
+from storage.atomic import parse_json, write_json
+from storage.files import StoreFiles, open_files
 from storage.fingerprint import fingerprint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: manifests say layout, content, columns; shard versions, tombstones, index
 Backend = Literal["zarr", "arrow"]
 
 TABLE_SCHEMA = pa.schema(
@@ -80,7 +76,7 @@ class StoreMeta:
     @property
     def fingerprint(self) -> str:
         """sha256 of everything the codes depend on: not backend, chunk size, tokenizer's path."""
-        content = dataclasses.asdict(self)
+        content = dataclasses.asdict(self) | {"schema_version": 1}  # of this recipe, not of files
         for name in ("backend", "chunk_rows"):
             content.pop(name)
         for tokenizer in content["tokenizers"].values():
@@ -101,13 +97,16 @@ def write_meta(path: Path, meta: StoreMeta) -> None:
     write_json(path / "store.json", meta.to_json())
 
 
-def read_meta(path: Path) -> StoreMeta:
+def read_meta(store: Path | StoreFiles) -> StoreMeta:
     """Reads STORE/store.json. Raises FileNotFoundError or ValueError (damaged, newer version)."""
-    if not (path / "store.json").is_file():
+    files = open_files(store) if isinstance(store, Path) else store
+    try:
+        content = files.read("store.json")
+    except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is not a token store (no store.json); muse-tokenize makes one"
-        )
-    return meta_from_json(read_json(path / "store.json"))
+            f"{files.url} is not a token store (no store.json); muse-tokenize makes one"
+        ) from None
+    return meta_from_json(parse_json(content, f"{files.url}/store.json"))
 
 
 def meta_from_json(content: dict[str, Any]) -> StoreMeta:
@@ -131,7 +130,9 @@ def first_difference(ours: StoreMeta, theirs: StoreMeta) -> str | None:
     a, b = _flatten(ours.to_json()), _flatten(theirs.to_json())
     for key in sorted(a | b):
         path = key.split(".")
-        if key == "fingerprint" or (path[0] == "tokenizers" and path[-1] == "name"):
+        if key in ("fingerprint", "schema_version"):
+            continue
+        if path[0] == "tokenizers" and path[-1] == "name":
             continue
         if a.get(key) != b.get(key):
             return f"{key}: {a.get(key)!r} != {b.get(key)!r}"

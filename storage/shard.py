@@ -1,27 +1,49 @@
-"""One shard on disk: its files, its manifest, and reading them back with every check made.
+"""One shard on disk: its files, its manifest, and checking them.
 
-A shard is immutable and exists only as a whole: storage/writer.py makes the directory under
-another name and renames it. The manifest lists every file with its sha256 (what `muse-store
-verify` compares) and the crc32c of every chunk of decoded rows (what a reader compares).
+A shard is immutable and exists only as a whole: storage/writer.py makes the folder under another
+name and renames it. The manifest lists every file with its sha256 (what `muse-store verify`
+compares) and the crc32c of every chunk of decoded rows (what a reader compares).
+
+A shard that is rewritten becomes a new folder, NAME@v2, NAME@v3 and so on, again by one rename;
+the highest version is the shard, and those below it are what its writer has yet to remove.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import google_crc32c
+import crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import arrow_array, zarr_array
-from storage.atomic import json_text, read_json
-from storage.fingerprint import file_sha256
+from storage.atomic import json_text
+from storage.files import StoreFiles
+from storage.fingerprint import file_sha256, fingerprint
 from storage.schema import SKIPPED_SCHEMA, StoreMeta
 
 BACKENDS: dict[str, ModuleType] = {"zarr": zarr_array, "arrow": arrow_array}
 MANIFEST, ROWS, SKIPPED = "manifest.json", "rows.parquet", "skipped.parquet"
+VERSION = re.compile(r"(.+)@v([1-9][0-9]*)")
+
+
+def split_folder(folder: str) -> tuple[str, int]:
+    """(name, version) of a shard folder: "a" is ("a", 1), "a@v3" is ("a", 3)."""
+    match = VERSION.fullmatch(folder)
+    return (match[1], int(match[2])) if match else (folder, 1)
+
+
+def current_folders(entries: list[str]) -> dict[str, str]:
+    """Shard name -> its folder of the highest version, in name order, from a listing of shards/."""
+    newest: dict[str, tuple[int, str]] = {}
+    for entry in entries:
+        if not entry.startswith("."):
+            name, version = split_folder(entry)
+            newest[name] = max(newest.get(name, (0, "")), (version, entry))
+    return {name: newest[name][1] for name in sorted(newest)}
 
 
 def write_shard(
@@ -33,9 +55,27 @@ def write_shard(
     skipped: pa.Table,
 ) -> None:
     """Fills the empty directory `folder` with a shard, its manifest last."""
-    backend = BACKENDS[meta.backend]
     for column, array in arrays.items():
-        backend.write_array(folder / f"{column}.{meta.backend}", array, meta.chunk_rows)
+        path = folder / f"{column}.{meta.backend}"
+        BACKENDS[meta.backend].write_array(path, array, meta.chunk_rows)
+    chunks = {name: chunk_checksums(array, meta.chunk_rows) for name, array in arrays.items()}
+    finish_shard(folder, meta, header, chunks, table, skipped)
+
+
+def finish_shard(
+    folder: Path,
+    meta: StoreMeta,
+    header: dict[str, Any],
+    chunks: dict[str, list[int]],
+    table: pa.Table,
+    skipped: pa.Table,
+    linked: dict[str, dict[str, Any]] | None = None,
+) -> None:
+    """Adds the tables and the manifest to a folder that holds the array columns already.
+
+    linked: entries of the manifest for files that are another version's, so that damage to them
+    since then is not signed anew.
+    """
     pq.write_table(table, folder / ROWS, compression="zstd", write_page_checksum=True)
     if len(skipped):
         pq.write_table(skipped, folder / SKIPPED, compression="zstd", write_page_checksum=True)
@@ -45,70 +85,46 @@ def write_shard(
         "rows": len(table),
         "skipped": len(skipped),
         "skip_reasons": dict(sorted(Counter(map(_kind, skipped["reason"].to_pylist())).items())),
-        "chunks": {name: chunk_checksums(a, meta.chunk_rows) for name, a in arrays.items()},
+        "columns": {field.name: str(field.type) for field in table.schema},
+        "largest_class_id": _largest(table["class_id"]),
+        "chunks": chunks,
+        "content": {name: fingerprint(checksums) for name, checksums in chunks.items()},
         "files": {
-            str(path.relative_to(folder)): {
-                "bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
-            }
+            name: (linked or {}).get(name)
+            or {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in shard_files(folder)
+            for name in [path.relative_to(folder).as_posix()]
         },
     }
+    if meta.backend == "arrow":
+        offsets = {c: arrow_array.data_offset(folder / f"{c}.arrow") for c in meta.arrays}
+        manifest["offsets"] = offsets
     (folder / MANIFEST).write_text(json_text(manifest))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a shard directory. Raises ValueError when it is damaged."""
-    return read_json(folder / MANIFEST)
+def read_parquet(files: StoreFiles, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Columns of a Parquet file, page checksums verified. Raises ValueError when damaged.
 
-
-def read_array(folder: Path, meta: StoreMeta, manifest: dict[str, Any], column: str) -> np.ndarray:
-    """An array column (rows, ...), every chunk checked against the manifest.
-
-    Raises ValueError naming the file (and the rows) when any bit of it has changed.
+    A name in `columns` that the file lacks is left out.
     """
-    path = folder / f"{column}.{meta.backend}"
-    array = BACKENDS[meta.backend].read_array(path)
-    wanted = meta.arrays[column]
-    if list(array.shape) != [manifest["rows"], *wanted.shape] or array.dtype != wanted.dtype:
-        raise ValueError(f"{path} is damaged: it holds {array.dtype}{list(array.shape)}")
-    found = chunk_checksums(array, meta.chunk_rows)
-    for index, pair in enumerate(zip(found, manifest["chunks"][column], strict=True)):
-        if pair[0] != pair[1]:
-            first = index * meta.chunk_rows
-            raise ValueError(f"{path} is damaged in rows {first}..{first + meta.chunk_rows - 1}")
-    return array
-
-
-def read_table(folder: Path, columns: list[str] | None = None) -> pa.Table:
-    """Columns of rows.parquet, page checksums verified. Raises ValueError when damaged."""
-    return _read_parquet(folder / ROWS, columns)
-
-
-def read_skipped(folder: Path) -> pa.Table:
-    """The rejected samples of a shard (key, source, reason); empty where there are none."""
-    path = folder / SKIPPED
-    return _read_parquet(path, None) if path.is_file() else SKIPPED_SCHEMA.empty_table()
-
-
-def verify_shard(folder: Path) -> list[str]:
-    """Everything that is wrong with a shard directory, as sentences; [] when it is whole."""
+    local = files.local_path(name)
+    source = str(local) if local is not None else pa.BufferReader(files.read(name))
     try:
-        manifest = read_manifest(folder)
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    problems = []
-    for name, wanted in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != wanted["bytes"] or file_sha256(path) != wanted["sha256"]:
-            problems.append(f"{path} is damaged: its sha256 is not the manifest's")
-    extra = {str(path.relative_to(folder)) for path in shard_files(folder)}
-    problems += [
-        f"{folder / name} is not in the manifest" for name in extra - set(manifest["files"])
-    ]
-    return problems
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
+            if columns is not None:
+                columns = [column for column in columns if column in file.schema_arrow.names]
+            return file.read(columns)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{files.url}/{name} is damaged: {error}") from None
+
+
+def read_skipped(files: StoreFiles, folder: str, manifest: dict[str, Any]) -> pa.Table:
+    """The rejected samples of a shard (key, source, reason); empty where there are none."""
+    if not manifest["skipped"]:
+        return SKIPPED_SCHEMA.empty_table()
+    return read_parquet(files, f"{folder}/{SKIPPED}")
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -119,15 +135,14 @@ def shard_files(folder: Path) -> list[Path]:
 
 def chunk_checksums(array: np.ndarray, chunk_rows: int) -> list[int]:
     """crc32c of every block of `chunk_rows` rows (little-endian, C order)."""
+    array = np.ascontiguousarray(array)
     starts = range(0, len(array), chunk_rows)
-    return [google_crc32c.value(array[start : start + chunk_rows].tobytes()) for start in starts]
+    return [crc32c.crc32c(array[start : start + chunk_rows].data) for start in starts]
 
 
-def _read_parquet(path: Path, columns: list[str] | None) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is damaged or lacks a column: {error}") from None
+def _largest(class_ids: pa.ChunkedArray) -> int:
+    """The largest class id; -1 when there is none."""
+    return max((value for value in class_ids.unique().to_pylist() if value is not None), default=-1)
 
 
 def _kind(reason: str) -> str:

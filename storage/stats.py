@@ -9,27 +9,32 @@ from matplotlib.figure import Figure
 
 from storage.reader import TokenStore
 
+SPAN = 65_536  # rows read at once
+
 
 def store_sizes(store: TokenStore) -> dict[str, Any]:
     """Rows, shards, rejected samples and bytes by file, from the manifests alone.
 
-    "bits_per_code" is what the code columns take on disk, all their files counted.
+    "bits_per_code" is what the code columns take on disk, all their files counted; "dropped" are
+    rows on disk that no reader sees.
     """
     columns: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for manifest in store.manifests.values():
-        reasons.update(manifest["skip_reasons"])
-        for name, entry in manifest["files"].items():
-            columns[name.split(".", 1)[0]] += entry["bytes"]
+    for summary in store.index.summaries:
+        reasons.update(summary["skip_reasons"])
+        for name, size in summary["bytes"].items():
+            columns[name.split(".", 1)[0]] += size
+    disk_rows = int(store.index.rows.sum())
     codes_per_row = {c: int(np.prod(store.meta.arrays[c].shape)) for c in store.meta.tokenizers}
     return {
         "rows": len(store),
+        "dropped": len(store.numbers.dropped),
         "shards": len(store.shards),
-        "skipped": sum(manifest["skipped"] for manifest in store.manifests.values()),
+        "skipped": sum(summary["skipped"] for summary in store.index.summaries),
         "skip_reasons": dict(reasons),
         "bytes": dict(columns),
         "bits_per_code": {
-            c: columns[c] * 8 / (len(store) * n) for c, n in codes_per_row.items() if len(store)
+            c: columns[c] * 8 / (disk_rows * n) for c, n in codes_per_row.items() if disk_rows
         },
     }
 
@@ -42,8 +47,8 @@ def codebook_usage(store: TokenStore, column: str = "codes") -> dict[str, Any]:
     """
     size = store.meta.tokenizers[column].codebook_size
     counts = np.zeros(size, np.int64)
-    for name in store.shards:
-        codes = store.shard_array(name, column)
+    for first in range(0, len(store), SPAN):
+        codes = store.read_codes(slice(first, first + SPAN), column)
         counts += np.bincount(codes.reshape(-1), minlength=size)
     share = counts[counts > 0] / max(1, counts.sum())
     entropy = float(-(share * np.log(share)).sum())

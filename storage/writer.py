@@ -7,6 +7,7 @@
 Leaving the block commits the shard by one rename; an exception (or kill -9) leaves nothing.
 """
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,8 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from storage.atomic import atomic_directory, read_json, write_json
+from storage.atomic import atomic_directory, parse_json, read_json, write_json
+from storage.files import StoreFiles, open_files
 from storage.schema import (
     SKIPPED_SCHEMA,
     TABLE_SCHEMA,
@@ -25,7 +27,7 @@ from storage.schema import (
     read_meta,
     write_meta,
 )
-from storage.shard import MANIFEST, read_manifest, write_shard
+from storage.shard import MANIFEST, current_folders, split_folder, write_shard
 
 EXPECTED = "expected.json"
 
@@ -47,9 +49,10 @@ def create_store(path: str | Path, meta: StoreMeta) -> StoreMeta:
 
 
 def finished_shards(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Manifests of the shards that exist, by name, sorted."""
-    folders = sorted(entry.parent for entry in Path(path, "shards").glob(f"*/{MANIFEST}"))
-    return {folder.name: read_manifest(folder) for folder in folders}
+    """Manifests of the shards that exist, by name, sorted; of each the newest version."""
+    shards = Path(path) / "shards"
+    folders = current_folders(os.listdir(shards) if shards.is_dir() else [])
+    return {name: read_json(shards / folder / MANIFEST) for name, folder in folders.items()}
 
 
 def expect_shards(path: str | Path, names: list[str]) -> None:
@@ -62,20 +65,40 @@ def expect_shards(path: str | Path, names: list[str]) -> None:
         write_json(Path(path) / EXPECTED, {"shards": sorted(noted.union(names))})
 
 
-def expected_shards(path: str | Path) -> set[str]:
+def expected_shards(store: str | Path | StoreFiles) -> set[str]:
     """The names noted by expect_shards; empty for a store where nobody did."""
-    file = Path(path) / EXPECTED
-    return set(read_json(file)["shards"]) if file.is_file() else set()
+    files = open_files(store) if isinstance(store, str | Path) else store
+    try:
+        return set(parse_json(files.read(EXPECTED), f"{files.url}/{EXPECTED}")["shards"])
+    except FileNotFoundError:
+        return set()
 
 
 class ShardWriter:
     """Collects rows in memory and writes them as one shard on leaving the `with` block."""
 
-    def __init__(self, path: str | Path, name: str, source: str):
-        if not name or name.startswith(".") or "/" in name:
-            raise ValueError(f"shard name {name!r}: it becomes a folder; no '/', no leading dot")
+    def __init__(
+        self,
+        path: str | Path,
+        name: str,
+        source: str,
+        extra_columns: pa.Schema | None = None,
+        version: int = 1,
+    ):
+        """extra_columns: of the table, beside TABLE_SCHEMA; version: above 1 replaces the shard.
+
+        Raises ValueError for a name that cannot be a folder or an extra column that exists.
+        """
+        if not name or name.startswith(".") or "/" in name or split_folder(name)[1] > 1:
+            raise ValueError(f"shard name {name!r}: a folder's, without '/', leading dot, @v2 …")
         self.path, self.name, self.source = Path(path), name, source
+        self.folder = name if version == 1 else f"{name}@v{version}"
         self.meta = read_meta(self.path)
+        extra = list(extra_columns or [])
+        taken = [f.name for f in extra if f.name in [*TABLE_SCHEMA.names, *self.meta.arrays]]
+        if taken:
+            raise ValueError(f"extra columns {taken} are columns of every store")
+        self.schema = pa.schema([*TABLE_SCHEMA, *extra])
         self.rows = 0
         self._arrays: dict[str, list[np.ndarray]] = {column: [] for column in self.meta.arrays}
         self._tables: list[pa.Table] = []
@@ -87,12 +110,12 @@ class ShardWriter:
         return len(self._skipped)
 
     def add(self, columns: dict[str, Any]) -> None:
-        """Appends rows: every array column of the store, and any columns of TABLE_SCHEMA.
+        """Appends rows: every array column of the store, and any columns of the table.
 
         `key` is required; `source` is filled in; what is not given is null. Raises ValueError
         for an unknown or missing column, unequal lengths, or a code outside the codebook.
         """
-        unknown = set(columns) - set(self._arrays) - set(TABLE_SCHEMA.names)
+        unknown = set(columns) - set(self._arrays) - set(self.schema.names)
         missing = (set(self._arrays) | {"key"}) - set(columns)
         if unknown or missing:
             raise ValueError(f"columns: unknown {sorted(unknown)}, missing {sorted(missing)}")
@@ -107,10 +130,14 @@ class ShardWriter:
         table = {"source": [self.source] * count, **columns}
         fields = [
             pa.array(table[f.name], f.type) if f.name in table else pa.nulls(count, f.type)
-            for f in TABLE_SCHEMA
+            for f in self.schema
         ]
-        self._tables.append(pa.Table.from_arrays(fields, schema=TABLE_SCHEMA))
+        self._tables.append(pa.Table.from_arrays(fields, schema=self.schema))
         self.rows += count
+
+    def add_table(self, arrays: dict[str, np.ndarray], table: pa.Table) -> None:
+        """Appends rows whose table columns, `source` too, come as a pyarrow Table."""
+        self.add({**arrays, **{name: table[name].combine_chunks() for name in table.column_names}})
 
     def skip(self, key: str, reason: str) -> None:
         """Records a rejected sample; `reason` reads `kind: detail`, and kinds are counted."""
@@ -122,10 +149,10 @@ class ShardWriter:
             name: np.concatenate(parts) if parts else _no_rows(self.meta, name)
             for name, parts in self._arrays.items()
         }
-        table = pa.concat_tables([TABLE_SCHEMA.empty_table(), *self._tables]).combine_chunks()
+        table = pa.concat_tables([self.schema.empty_table(), *self._tables]).combine_chunks()
         skipped = pa.Table.from_pylist(self._skipped, schema=SKIPPED_SCHEMA)
         header = {"name": self.name, "source": self.source}
-        with atomic_directory(self.path / "shards" / self.name) as folder:
+        with atomic_directory(self.path / "shards" / self.folder) as folder:
             write_shard(folder, self.meta, header, arrays, table, skipped)
 
     def __enter__(self) -> Self:

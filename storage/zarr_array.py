@@ -1,15 +1,22 @@
 """Array columns as Zarr v3: one sharded array, blosc lz4 + bit-shuffle, crc32c on every chunk.
 
 Bit-shuffle turns the always-zero high bits of codes into runs, so that lz4 keeps ceil(log2 K)
-bits a code and decodes at memory speed. Any Zarr v3 reader opens the folder.
+bits a code and decodes at memory speed. Any Zarr v3 reader opens the folder. zarr writes it; we
+read it by byte range (storage/README.md), because zarr-python costs more a chunk than decoding.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+import crc32c
 import numpy as np
 import zarr
+from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.errors import BaseZarrError
+
+from storage.files import StoreFiles
+
+ABSENT = 2**64 - 1  # the offset of a chunk that is not written
 
 
 def write_array(path: Path, array: np.ndarray, chunk_rows: int) -> None:
@@ -28,9 +35,40 @@ def write_array(path: Path, array: np.ndarray, chunk_rows: int) -> None:
     target[:] = array
 
 
-def read_array(path: Path) -> np.ndarray:
-    """All rows, decoded into memory. Raises ValueError when a chunk fails its checksum."""
-    try:
-        return np.asarray(zarr.open_array(path, mode="r")[:])
-    except (ValueError, RuntimeError, OSError, KeyError, BaseZarrError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+class ZarrChunks:
+    """Where the chunks of one array column lie in its file, and how they decode."""
+
+    def __init__(self, files: StoreFiles, folder: str, manifest: dict[str, Any], chunk: np.ndarray):
+        """folder: of the array, in the store; chunk: an array of a whole chunk's shape and dtype.
+
+        Raises ValueError when the index at the end of the file does not have its checksum.
+        """
+        self.chunk = chunk
+        inner = "c" + "/0" * chunk.ndim
+        self.name = f"{folder}/{inner}"
+        entry = manifest["files"].get(f"{PurePosixPath(folder).name}/{inner}")
+        chunks = -(-manifest["rows"] // len(chunk))
+        self.places = np.full((chunks, 2), ABSENT, np.uint64)  # (start, length) of every chunk
+        if chunks and entry is not None:
+            index = files.read_range(self.name, entry["bytes"] - 16 * chunks - 4, 16 * chunks + 4)
+            if crc32c.crc32c(index[:-4]) != int.from_bytes(index[-4:], "little"):
+                raise ValueError(f"{files.url}/{self.name} is damaged: its index of chunks")
+            self.places = np.frombuffer(index[:-4], "<u8").reshape(-1, 2)
+
+    def byte_range(self, chunk: int) -> tuple[int, int] | None:
+        """(start, length) of a chunk; None for one of zeros only, which Zarr does not write."""
+        start, length = self.places[chunk].tolist()
+        return None if start == ABSENT else (start, length)
+
+    def decode(self, content: bytes | None, out: np.ndarray) -> None:
+        """Fills `out`, the rows of one chunk. Raises ValueError for bytes that do not decode."""
+        if content is None:
+            out[:] = 0
+            return
+        whole = out if len(out) == len(self.chunk) else np.empty_like(self.chunk)
+        try:
+            blosc.decompress(memoryview(content)[:-4], whole)  # the last four are Zarr's crc32c
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"does not decode: {error}") from None
+        if whole is not out:
+            out[:] = whole[: len(out)]

@@ -180,7 +180,7 @@ def test_reader_refuses_damaged_codes(tmp_path, backend):
     store = TokenStore(tmp_path)
     store.read_codes([0])
     with pytest.raises(ValueError, match="damaged"):
-        store.read_codes([329])
+        store.read_codes(slice(None))
 
 
 def test_reader_refuses_a_damaged_table(tmp_path, backend):

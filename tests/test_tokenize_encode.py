@@ -15,7 +15,7 @@ from PIL import Image
 from configs.load import load_config
 from storage.pretrained import find_model
 from storage.reader import TokenStore
-from storage.shard import verify_shard
+from storage.verify import verify_store
 from storage.writer import expected_shards
 from tokenize_stage import encode
 from tokenize_stage.config import TokenizeConfig
@@ -198,15 +198,13 @@ def test_what_cannot_be_encoded_is_counted_and_listed(
 
     store = TokenStore(tmp_path / "store")
     assert store.shards == ["bad", "empty", "mixed", "short"]
-    assert [store.manifests[name]["rows"] for name in store.shards] == [0, 0, 2, 1]
+    assert store.index.rows.tolist() == [0, 0, 2, 1]
     assert store.table(["key"])["key"].to_pylist() == ["001", "002", "005"]
     skipped = store.skipped().to_pylist()
     assert [row["key"] for row in skipped] == ["cut", "text", "lone", "label"] * 2 + ["006"]
     assert skipped[0]["source"] == f"{tmp_path}/in/bad.tar"
     assert all("truncated" in skipped[row]["reason"].lower() for row in (0, 4))
-    assert not [
-        problem for n in store.shards for problem in verify_shard(store.path / "shards" / n)
-    ]
+    assert not verify_store(tmp_path / "store")
 
 
 def test_an_image_folder_becomes_shards_of_mixed_classes(tokenizer: Path, tmp_path: Path) -> None:

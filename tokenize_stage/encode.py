@@ -226,7 +226,7 @@ def print_summary(job: Job, progress: Progress) -> None:
         print(f"skipped {progress.skipped.total():,}: {reasons}")
         print(f"  one by one, with reasons, in {job.store}/shards/*/skipped.parquet")
     store = TokenStore(job.store)
-    missing = [shard for shard in job.shards if shard.name not in store.manifests]
+    missing = [shard for shard in job.shards if shard.name not in store.shards]
     bits = store_sizes(store)["bits_per_code"].get("codes")
     size = f", {bits:.3f} bits a code on disk" if bits else ""
     print(f"store {job.store}: {len(store.shards)} shards, {len(store):,} rows{size}")

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from storage.shard import read_skipped, read_table
+from storage.files import open_files
+from storage.shard import ROWS, current_folders, read_parquet, read_skipped
 from storage.writer import finished_shards
 from tokenize_stage.sources import InputShard, stored_key
 
@@ -19,12 +21,13 @@ def remaining_shards(store: Path, shards: Sequence[InputShard]) -> list[InputSha
     finished = finished_shards(store)
     for shard in shards:
         if shard.name in finished:
-            _check_same_input(store, shard, finished[shard.name]["source"])
+            _check_same_input(store, shard, finished[shard.name])
     return [shard for shard in shards if shard.name not in finished]
 
 
-def _check_same_input(store: Path, shard: InputShard, source: str) -> None:
+def _check_same_input(store: Path, shard: InputShard, manifest: dict[str, Any]) -> None:
     if shard.files is None:
+        source = manifest["source"]
         if os.path.abspath(source) != os.path.abspath(shard.source):
             raise ValueError(
                 f"shard {shard.name} of {store} was made from {source}, not from {shard.source}; "
@@ -32,9 +35,10 @@ def _check_same_input(store: Path, shard: InputShard, source: str) -> None:
                 "tar or choose another store.path"
             )
         return
-    folder = store / "shards" / shard.name
-    stored = {*read_table(folder, ["key"])["key"].to_pylist()}
-    stored |= {*read_skipped(folder)["key"].to_pylist()}
+    files = open_files(store)
+    folder = f"shards/{current_folders(files.list('shards') or [])[shard.name]}"
+    stored = {*read_parquet(files, f"{folder}/{ROWS}", ["key"])["key"].to_pylist()}
+    stored |= {*read_skipped(files, folder, manifest)["key"].to_pylist()}
     changed = sorted(stored ^ {stored_key(path) for path, _ in shard.files})
     if changed:
         raise ValueError(

@@ -1,0 +1,216 @@
+"""The index of a store: what every shard's manifest says, in one file, so that opening is quick.
+
+`seal` writes it. It is a cache: a local reader compares it with the listing of shards/ and reads
+the manifests of folders that it does not name, so an index is never out of date. A reader over
+http, which cannot list, sees what was sealed.
+
+STORE/sealed.json               names the index, its sha256, the tombstones
+STORE/index-<16 hex>.parquet    one row a shard: INDEX_SCHEMA
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.atomic import atomic_file, parse_json, read_json, write_json
+from storage.files import StoreFiles, open_files
+from storage.fingerprint import fingerprint
+from storage.schema import TABLE_SCHEMA, StoreMismatch, read_meta
+from storage.shard import MANIFEST, current_folders, split_folder
+
+SEALED, TOMBSTONES = "sealed.json", "tombstones"
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("folder", pa.string(), nullable=False),  # below shards/
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("manifest", pa.binary(32), nullable=False),  # sha256 of manifest.json
+        pa.field("summary", pa.string(), nullable=False),  # JSON, see summarize
+    ]
+)
+
+
+@dataclass
+class Index:
+    """The current shards of a store, in row order."""
+
+    table: pa.Table  # INDEX_SCHEMA
+
+    @cached_property
+    def folders(self) -> list[str]:
+        """Folder names below shards/."""
+        return self.table["folder"].to_pylist()
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(shards,) int64: rows on disk, dropped ones included."""
+        return self.table["rows"].to_numpy()
+
+    def summary(self, shard: int) -> dict[str, Any]:
+        """What `summarize` kept of a shard's manifest."""
+        return json.loads(self.table["summary"][shard].as_py())
+
+    @cached_property
+    def summaries(self) -> list[dict[str, Any]]:
+        """Of all shards; takes about 10 us a shard."""
+        return [json.loads(text) for text in self.table["summary"].to_pylist()]
+
+
+def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without what only reading the shard's arrays needs."""
+    columns = manifest.get("columns") or {field.name: str(field.type) for field in TABLE_SCHEMA}
+    content = manifest.get("content") or {c: fingerprint(v) for c, v in manifest["chunks"].items()}
+    return {
+        "name": manifest["name"],
+        "source": manifest["source"],
+        "skipped": manifest["skipped"],
+        "skip_reasons": manifest["skip_reasons"],
+        "columns": columns,
+        "content": content,
+        "largest_class_id": manifest.get("largest_class_id"),  # None: schema version 1
+        "bytes": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+    }
+
+
+def open_index(files: StoreFiles) -> Index:
+    """The index as sealed, brought up to date with the shards that can be listed.
+
+    Raises StoreMismatch for a shard of another store, ValueError for damage or a store that can
+    neither be listed nor is sealed.
+    """
+    sealed, entries = read_sealed(files), files.list("shards")
+    if sealed is not None and (entries is None or files.local_path("shards") is None):
+        return sealed
+    if entries is None:
+        raise ValueError(
+            f"{files.url} cannot be listed and is not sealed: run muse-store seal where it lies"
+        )
+    folders = list(current_folders(entries).values())
+    if sealed is not None and folders == sealed.folders:
+        return sealed
+    return read_index(files, folders, sealed)
+
+
+def read_index(
+    files: StoreFiles,
+    folders: list[str],
+    known: Index | None = None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> Index:
+    """The index of these shard folders, from their manifests where `known` does not have them."""
+    store = read_meta(files).fingerprint
+    before = dict(zip(known.folders, known.table.to_pylist(), strict=True)) if known else {}
+
+    def row(folder: str) -> dict[str, Any]:
+        if folder in before:
+            return before[folder]
+        content = files.read(f"shards/{folder}/{MANIFEST}")
+        manifest = parse_json(content, f"{files.url}/shards/{folder}/{MANIFEST}")
+        if manifest["store"] != store:
+            raise StoreMismatch(f"{files.url}: shard {folder} was made for another store")
+        if manifest["name"] != split_folder(folder)[0]:
+            raise StoreMismatch(f"{files.url}: folder {folder} holds shard {manifest['name']}")
+        summary = json.dumps(summarize(manifest), separators=(",", ":"))
+        digest = hashlib.sha256(content).digest()
+        return {"folder": folder, "rows": manifest["rows"], "manifest": digest, "summary": summary}
+
+    with ThreadPoolExecutor(max_workers=1 if files.local_path("shards") else 16) as pool:
+        rows = list(progress(pool.map(row, folders), len(folders)))
+    return Index(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+
+
+def seal(
+    path: Path,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> Index:
+    """Writes the index of all shards that exist now; safe to repeat, to race and to kill."""
+    files = open_files(path)
+    folders = list(current_folders(files.list("shards") or []).values())
+    index = read_index(files, folders, progress=progress)
+    sink = pa.BufferOutputStream()
+    pq.write_table(index.table, sink, compression="zstd", use_dictionary=False)
+    content = sink.getvalue().to_pybytes()
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"index-{digest[:16]}.parquet"
+    with atomic_file(path / name) as temporary:
+        temporary.write_bytes(content)
+    _write_sealed(path, {"index": name, "sha256": digest, "rows": int(index.rows.sum())})
+    for old in path.glob("index-*.parquet"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+    return index
+
+
+def note_tombstones(path: Path) -> None:
+    """Brings the names of the tombstones in sealed.json up to date; nothing if not sealed."""
+    if (path / SEALED).is_file():
+        _write_sealed(path, read_json(path / SEALED))
+
+
+def read_sealed(files: StoreFiles) -> Index | None:
+    """The index as it was sealed; None for a store that is not. Raises ValueError for damage."""
+    for attempt in range(2):
+        try:
+            sealed = parse_json(files.read(SEALED), f"{files.url}/{SEALED}")
+        except FileNotFoundError:
+            return None
+        try:
+            content = files.read(sealed["index"])
+        except FileNotFoundError:
+            if attempt:
+                raise
+            continue  # sealed anew just now
+        if hashlib.sha256(content).hexdigest() != sealed["sha256"]:
+            name = f"{files.url}/{sealed['index']}"
+            raise ValueError(f"{name} is damaged: run muse-store seal again, or delete {SEALED}")
+        return Index(pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA))
+    raise AssertionError
+
+
+def tombstone_names(files: StoreFiles) -> list[str]:
+    """File names of the tombstones; over http those that were there when it was sealed."""
+    listed = files.list(TOMBSTONES)
+    if listed is None:
+        listed = parse_json(files.read(SEALED), f"{files.url}/{SEALED}")["tombstones"]
+    return sorted(name for name in listed if name.endswith(".json") and name[0] != ".")
+
+
+def index_problems(path: Path) -> list[str]:
+    """What is wrong with the index of a store, as sentences; [] for one that is not sealed."""
+    if not (path / SEALED).is_file():
+        return []
+    try:
+        sealed = read_sealed(open_files(path))
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    assert sealed is not None
+    current = current_folders([entry.name for entry in (path / "shards").iterdir()])
+    problems = []
+    for folder, digest in zip(sealed.folders, sealed.table["manifest"].to_pylist(), strict=True):
+        name = split_folder(folder)[0]
+        if name not in current:
+            problems.append(f"{path}/shards/{folder} is missing: restore it, or encode it again")
+        elif current[name] == folder:
+            manifest = (path / "shards" / folder / MANIFEST).read_bytes()
+            if hashlib.sha256(manifest).digest() != digest:
+                changed = f"{path}/shards/{folder} is not the shard that was sealed"
+                problems.append(f"{changed}: restore it, or run muse-store seal again")
+    return problems
+
+
+def is_index_file(name: str) -> bool:
+    """Whether a file name in a store's folder is that of an index."""
+    return name.startswith("index-") and name.endswith(".parquet")
+
+
+def _write_sealed(path: Path, sealed: dict[str, Any]) -> None:
+    names = tombstone_names(open_files(path))
+    write_json(path / SEALED, sealed | {"tombstones": names})
