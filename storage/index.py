@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.atomic import atomic_file, parse_json, read_json, write_json
+from storage.atomic import atomic_file, json_text, parse_json, read_json, write_json
 from storage.files import StoreFiles, open_files
 from storage.fingerprint import fingerprint
 from storage.schema import TABLE_SCHEMA, StoreMismatch, read_meta
@@ -140,8 +140,9 @@ def seal(
     content = sink.getvalue().to_pybytes()
     digest = hashlib.sha256(content).hexdigest()
     name = f"index-{digest[:16]}.parquet"
-    with atomic_file(path / name) as temporary:
-        temporary.write_bytes(content)
+    if not (path / name).is_file() or (path / name).read_bytes() != content:
+        with atomic_file(path / name) as temporary:
+            temporary.write_bytes(content)
     _write_sealed(path, {"index": name, "sha256": digest, "rows": int(index.rows.sum())})
     for old in path.glob("index-*.parquet"):
         if old.name != name:
@@ -212,5 +213,6 @@ def is_index_file(name: str) -> bool:
 
 
 def _write_sealed(path: Path, sealed: dict[str, Any]) -> None:
-    names = tombstone_names(open_files(path))
-    write_json(path / SEALED, sealed | {"tombstones": names})
+    sealed = sealed | {"tombstones": tombstone_names(open_files(path))}
+    if not (path / SEALED).is_file() or (path / SEALED).read_text() != json_text(sealed):
+        write_json(path / SEALED, sealed)

