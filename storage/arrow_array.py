@@ -52,9 +52,11 @@ class ArrowChunks:
         else:
             raise ValueError(f"{files.url} is of schema version 1: muse-store convert a local copy")
         self.mapped = None  # (rows, ...) in place
-        if local is not None and self.rows:
+        shape = (self.rows, *chunk.shape[1:])
+        if local is not None and not self.rows:
+            self.mapped = np.empty(shape, chunk.dtype)
+        elif local is not None:
             try:
-                shape = (self.rows, *chunk.shape[1:])
                 self.mapped = np.memmap(local, chunk.dtype, "r", self.offset, shape)
             except ValueError as error:
                 raise ValueError(f"{local} is damaged: {error}") from None

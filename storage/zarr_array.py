@@ -8,9 +8,9 @@ read it by byte range (storage/README.md), because zarr-python costs more a chun
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import crc32c
 import numpy as np
 import zarr
+from crc32c import crc32c
 from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
@@ -50,10 +50,15 @@ class ZarrChunks:
         chunks = -(-manifest["rows"] // len(chunk))
         self.places = np.full((chunks, 2), ABSENT, np.uint64)  # (start, length) of every chunk
         if chunks and entry is not None:
-            index = files.read_range(self.name, entry["bytes"] - 16 * chunks - 4, 16 * chunks + 4)
-            if crc32c.crc32c(index[:-4]) != int.from_bytes(index[-4:], "little"):
-                raise ValueError(f"{files.url}/{self.name} is damaged: its index of chunks")
-            self.places = np.frombuffer(index[:-4], "<u8").reshape(-1, 2)
+            self.places = self._read_index(files, entry["bytes"], 16 * chunks + 4)
+
+    def _read_index(self, files: StoreFiles, size: int, length: int) -> np.ndarray:
+        """(chunks, 2) uint64, from the end of a file of `size` bytes."""
+        for fresh in (False, True):  # a cache may hold bytes of another file
+            index = files.read_range(self.name, size - length, length, fresh=fresh)
+            if crc32c(index[:-4]) == int.from_bytes(index[-4:], "little"):
+                return np.frombuffer(index[:-4], "<u8").reshape(-1, 2)
+        raise ValueError(f"{files.url}/{self.name} is damaged: its index of chunks")
 
     def byte_range(self, chunk: int) -> tuple[int, int] | None:
         """(start, length) of a chunk; None for one of zeros only, which Zarr does not write."""

@@ -1,6 +1,7 @@
 """A small store with a learnable pattern, for tests of stage two: code // 6 is the class."""
 
 import numpy as np
+import torch
 
 from storage.pretrained import model_fingerprint
 from storage.schema import ArrayColumn, StoreMeta, Tokenizer
@@ -20,6 +21,8 @@ SIZES = {
 
 def make_store(folder, rows=300, classes=10, backend="arrow"):
     """Writes folder/vq and folder/store (two shards, 4x4 codes); returns the store's path."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
     vq = MaskGitVQGAN(**SIZES)
     vq.save_pretrained(folder / "vq")
     tokenizer = Tokenizer(str(folder / "vq"), "MaskGitVQGAN", 60, [4, 4], model_fingerprint(vq))

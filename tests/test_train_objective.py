@@ -24,7 +24,8 @@ def make_batch(rows, step=0, part=slice(None)):
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 60, (rows, 16), generator=generator)
     class_ids = torch.randint(0, 10, (rows,), generator=generator)
-    return Batch(step, np.arange(rows)[part], codes[part], class_ids[part])
+    numbers = np.arange(rows)[part]
+    return Batch(step, numbers, codes[part], class_ids[part], np.zeros_like(numbers))
 
 
 def mask(batch, rank=0, world=1, **options):

@@ -39,6 +39,13 @@ class MaskedBatch:
         yield from zip(self.input_ids.chunk(passes), self.labels.chunk(passes), strict=True)
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for it: through pinned memory where it is a GPU."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def mask_batch(
     batch: Batch,
     model: MaskGitTransformer,
@@ -63,10 +70,10 @@ def mask_batch(
     )
     dropped = torch.rand(rows, generator=generator, device=device) < config.cond_dropout_prob
     mine = slice(rank * share, (rank + 1) * share)
-    codes = batch.codes.to(device, non_blocking=True)
+    codes = send(batch.codes, device).long()  # they may travel as uint16
     input_ids, labels = apply_mask(codes, draw.mask[mine], model.mask_token_id)
     if model.config.num_classes:
-        class_ids = batch.class_ids.to(device, non_blocking=True)
+        class_ids = send(batch.class_ids, device)
         size, mask_id = model.config.codebook_size, model.mask_token_id
         token = class_tokens(class_ids, dropped[mine], size, mask_id)
         input_ids, labels = prepend_token(input_ids, labels, token)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from configs.load import changed_keys, dump_config
+from configs.load import ConfigError, changed_keys, dump_config
 from storage.atomic import atomic_file
 from storage.pretrained import find_model, load_strictly, read_weights
 from storage.reader import TokenStore
@@ -19,13 +19,14 @@ from storage.schema import StoreMismatch
 from train_stage.checkpoint import choose_checkpoint, load_checkpoint
 from train_stage.config import TrainConfig, split_batch, tokenizer_of, transformer_fields
 from train_stage.ema import EMA
-from train_stage.loader import TokenLoader
+from train_stage.loader import Source, TokenLoader
 from train_stage.loss import MaskedLoss
 from train_stage.mask_schedule import Schedule, get_mask_schedule
 from train_stage.objective import Sums
 from train_stage.optimizer import make_optimizer
 from train_stage.run_log import say
 from train_stage.samples import SampleWriter
+from train_stage.store_stream import Reading
 from train_stage.transformer import MaskGitTransformer
 
 
@@ -76,15 +77,16 @@ def set_up(config: TrainConfig) -> Run:
     accelerator = make_accelerator(config)
     path = Path(config.experiment.output_dir)
     checkpoint = choose_checkpoint(path, config.experiment.resume_from_checkpoint)
-    store = TokenStore(config.dataset.train_store)
+    sources = open_sources(config)
+    store = sources[0].store
     tokenizer = tokenizer_of(store.meta, config.dataset.codes_column)
-    if store.missing_shards():
-        say(accelerator, f"warning: {store.path} lacks {len(store.missing_shards())} shards")
+    for source in sources:
+        if missing := source.store.missing_shards():
+            say(accelerator, f"warning: {source.store.path} lacks {len(missing)} shards")
     global_batch, passes = split_batch(config.training, accelerator.num_processes)
     schedule = get_mask_schedule(config.mask_schedule.schedule, **config.mask_schedule.params)
-    loader = make_loader(
-        config, store, global_batch, accelerator, config.experiment.max_train_examples
-    )
+    most = config.experiment.max_train_examples
+    loader = make_loader(config, sources, global_batch, accelerator, most)
     model = make_model(config, store, loader).to(accelerator.device)
     ema = EMA(model, **asdict(config.training.ema)) if config.training.use_ema else None
     params = config.optimizer.params
@@ -128,22 +130,36 @@ def set_up(config: TrainConfig) -> Run:
     return run
 
 
+def open_sources(config: TrainConfig) -> list[Source]:
+    """The stores to train on: the one of dataset.train_store, or the mixture's."""
+    data = config.dataset
+    if data.train_store is not None:
+        return [Source(TokenStore(data.train_store), filter=data.filter)]
+    if not data.mixture:
+        raise ConfigError("dataset.train_store is missing: the token store to train on")
+    return [Source(TokenStore(e.store), e.weight, e.repeat, e.filter) for e in data.mixture]
+
+
 def make_loader(
     config: TrainConfig,
-    store: TokenStore,
+    sources: list[Source],
     global_batch: int,
     accelerator: Accelerator,
     max_rows: int | None,
 ) -> TokenLoader:
-    """A loader over `store` for this process."""
+    """A loader over the stores for this process; codes travel narrow to a GPU."""
+    data = config.dataset
     return TokenLoader(
-        store,
+        sources,
         global_batch,
         config.training.seed,
         accelerator.process_index,
         accelerator.num_processes,
-        config.dataset.codes_column,
-        max_rows,
+        Reading(data.codes_column, data.shuffle, data.window_chunks, data.views, data.preload),
+        max_rows=max_rows,
+        narrow=accelerator.device.type == "cuda",
+        device=accelerator.device,
+        quiet=not accelerator.is_main_process,
     )
 
 
@@ -165,7 +181,7 @@ def make_eval_loader(
             raise StoreMismatch(f"{other.path}: the tokenizer's {name} is {found}")
     if other.meta.transform.get("class_names") != store.meta.transform.get("class_names"):
         raise StoreMismatch(f"{other.path} and {store.path} number other classes")
-    loader = make_loader(config, other, global_batch, accelerator, None)
+    loader = make_loader(config, [Source(other)], global_batch, accelerator, None)
     if loader.largest_class_id >= (model.config.num_classes or 0):
         found = f"class ids up to {loader.largest_class_id}"
         raise StoreMismatch(f"{other.path} has {found}, the model {model.config.num_classes}")
@@ -190,7 +206,7 @@ def resume(run: Run, checkpoint: Path) -> None:
     """Goes to where a checkpoint was written; says which options have changed since."""
     accelerator = run.accelerator
     state = load_checkpoint(checkpoint, run.model, run.ema)
-    run.loader.load_state_dict(state["loader"])
+    run.loader.load_state_dict(state["loader"], run.config.dataset.accept_changes)
     run.optimizer.load_state_dict(state["optimizer"])
     if state["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])

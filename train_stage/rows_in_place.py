@@ -1,0 +1,70 @@
+"""Rows of a mapped arrow store, gathered where they lie, over any number of shards in one pass.
+
+Nothing is loaded: all processes of a node share the page cache. The shards' mappings are scattered
+over the address space; a flat view that spans them all makes a row an offset, whatever its shard.
+"""
+
+import ctypes
+
+import numpy as np
+
+from storage.reader import TokenStore
+from train_stage.order import compile_loops
+
+class RowsInPlace:
+    """Rows by number; a chunk is checked when it is first touched."""
+
+    def __init__(self, store: TokenStore, column: str):
+        """Raises ValueError for a store that is compressed or remote."""
+        spec = store.meta.arrays[column]
+        self.store, self.column, self.shape = store, column, tuple(spec.shape)
+        self.dtype = np.dtype(spec.dtype)
+        self.width = int(np.prod(spec.shape))
+        unchecked = np.empty(0, np.int64)
+        shards = range(len(store.shards))
+        self._mapped = [store.rows_in_place(shard, unchecked, column) for shard in shards]  # kept
+        starts = np.array([rows.ctypes.data for rows in self._mapped], np.int64)
+        ends = starts + [rows.nbytes for rows in self._mapped]
+        full = ends > starts
+        first = int(starts[full].min())
+        span = (ctypes.c_ubyte * (int(ends[full].max()) - first)).from_address(first)
+        self._flat = np.ctypeslib.as_array(span).view(self.dtype)  # touched only where mapped
+        self._starts = (starts - first) // self.dtype.itemsize
+        self._checked = np.zeros(int(store.numbers.first_chunks[-1]), bool)
+
+    def index(self, rows: np.ndarray) -> np.ndarray:
+        """Offsets (n,) int64, for `gather`, of row numbers; checks the chunks they lie in."""
+        numbers = self.store.numbers
+        shard, place = numbers.locate(rows)
+        chunk = numbers.first_chunks[shard] + place // numbers.chunk_rows
+        new = np.unique(chunk[~self._checked[chunk]])
+        for part in np.unique(np.searchsorted(numbers.first_chunks, new, side="right") - 1):
+            first, end = numbers.first_chunks[part : part + 2]
+            inside = new[(new >= first) & (new < end)] - first
+            self.store.rows_in_place(int(part), inside, self.column)
+        self._checked[new] = True
+        return self._starts[shard] + place * self.width
+
+    def gather(self, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The rows at these offsets: (n, N), in `out` where given."""
+        if out is None:
+            out = np.empty((len(index), *self.shape), self.dtype)
+        copy_rows(self._flat, index, out.reshape(len(index), self.width))
+        return out
+
+
+def copy_rows_numpy(flat: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
+    """out[i] = flat[index[i] : index[i] + width]."""
+    width = out.shape[1]
+    windows = np.lib.stride_tricks.sliding_window_view(flat, width)
+    out[:] = windows[index]
+
+
+def _copy_rows_loop(flat, index, out):  # type: ignore[no-untyped-def]
+    for row in range(index.shape[0]):
+        first = index[row]
+        for place in range(out.shape[1]):
+            out[row, place] = flat[first + place]
+
+
+copy_rows = compile_loops(_copy_rows_loop, copy_rows_numpy)
