@@ -111,9 +111,10 @@ class TokenLoader:
         sources = planned.sources[first : first + self.share]
         if len(self.streams) == 1:
             plan, part = planned.parts[0][1], slice(first, first + self.share)
-            codes = self.streams[0].codes(plan, part, None if self.narrow else self._scratch)
-            class_ids = torch.from_numpy(self.streams[0].class_ids(plan, part))
-            return Batch(step, plan.rows[part], self._widen(codes), class_ids, sources)
+            scratch = None if self.narrow else self._scratch
+            codes, ids = self.streams[0].read(plan, part, scratch)
+            rows = plan.rows[part]
+            return Batch(step, rows, self._widen(codes), torch.from_numpy(ids), sources)
         return self._mixed(step, first, planned)
 
     def epoch(self, step: int) -> float:
@@ -165,8 +166,8 @@ class TokenLoader:
         for stream, (where, plan) in zip(self.streams, planned.parts, strict=True):
             begin, stop = np.searchsorted(where, [first, end])
             part, at = slice(int(begin), int(stop)), where[begin:stop] - first
-            codes[at] = stream.codes(plan, part)
-            rows[at], class_ids[at] = plan.rows[part], stream.class_ids(plan, part)
+            rows[at] = plan.rows[part]
+            codes[at], class_ids[at] = stream.read(plan, part)
         sources = planned.sources[first:end]
         return Batch(step, rows, self._widen(codes), torch.from_numpy(class_ids), sources)
 

@@ -30,19 +30,14 @@ class RowsInPlace:
         span = (ctypes.c_ubyte * (int(ends[full].max()) - first)).from_address(first)
         self._flat = np.ctypeslib.as_array(span).view(self.dtype)  # touched only where mapped
         self._starts = (starts - first) // self.dtype.itemsize
-        self._checked = np.zeros(int(store.numbers.first_chunks[-1]), bool)
+        self._unchecked = int(store.numbers.first_chunks[-1])
+        self._checked = np.zeros(self._unchecked, bool)
 
     def index(self, rows: np.ndarray) -> np.ndarray:
         """Offsets (n,) int64, for `gather`, of row numbers; checks the chunks they lie in."""
-        numbers = self.store.numbers
-        shard, place = numbers.locate(rows)
-        chunk = numbers.first_chunks[shard] + place // numbers.chunk_rows
-        new = np.unique(chunk[~self._checked[chunk]])
-        for part in np.unique(np.searchsorted(numbers.first_chunks, new, side="right") - 1):
-            first, end = numbers.first_chunks[part : part + 2]
-            inside = new[(new >= first) & (new < end)] - first
-            self.store.rows_in_place(int(part), inside, self.column)
-        self._checked[new] = True
+        shard, place = self.store.numbers.locate(rows)
+        if self._unchecked:
+            self._check(shard, place)
         return self._starts[shard] + place * self.width
 
     def gather(self, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -51,6 +46,18 @@ class RowsInPlace:
             out = np.empty((len(index), *self.shape), self.dtype)
         copy_rows(self._flat, index, out.reshape(len(index), self.width))
         return out
+
+    def _check(self, shard: np.ndarray, place: np.ndarray) -> None:
+        """Checks the chunks of these places, once. Raises ValueError for a damaged one."""
+        numbers = self.store.numbers
+        chunk = numbers.first_chunks[shard] + place // numbers.chunk_rows
+        new = np.unique(chunk[~self._checked[chunk]])
+        for part in np.unique(np.searchsorted(numbers.first_chunks, new, side="right") - 1):
+            first, end = numbers.first_chunks[part : part + 2]
+            inside = new[(new >= first) & (new < end)] - first
+            self.store.rows_in_place(int(part), inside, self.column)
+        self._checked[new] = True
+        self._unchecked -= len(new)
 
 
 def copy_rows_numpy(flat: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
@@ -61,10 +68,10 @@ def copy_rows_numpy(flat: np.ndarray, index: np.ndarray, out: np.ndarray) -> Non
 
 
 def _copy_rows_loop(flat, index, out):  # type: ignore[no-untyped-def]
-    for row in range(index.shape[0]):
-        first = index[row]
-        for place in range(out.shape[1]):
-            out[row, place] = flat[first + place]
+    for row in range(len(index)):
+        source, target = flat[index[row] : index[row] + out.shape[1]], out[row]
+        for place in range(len(target)):
+            target[place] = source[place]
 
 
 copy_rows = compile_loops(_copy_rows_loop, copy_rows_numpy)

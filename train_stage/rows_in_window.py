@@ -19,17 +19,10 @@ LABELLED_SHARDS = 4096  # whose class ids are kept
 
 @dataclass
 class Loaded:
-    """The rows of a window: picks first[i].. (ascending) begin at row start[i]."""
+    """The rows of a window, its chunks one after the other."""
 
-    first: np.ndarray
-    start: np.ndarray
     codes: np.ndarray  # (rows, N)
     class_ids: np.ndarray  # (rows,) int64
-
-    def index(self, picks: np.ndarray) -> np.ndarray:
-        """At which row of the window the picks are."""
-        part = np.searchsorted(self.first, picks, side="right") - 1
-        return picks - self.first[part] + self.start[part]
 
 
 class RowsInWindow:
@@ -46,42 +39,51 @@ class RowsInWindow:
         """chosen, unit_starts: as in StoreStream; None where picks are rows, units are picks."""
         self.store, self.column, self.order = store, column, order
         self.chosen, self.unit_starts = chosen, unit_starts
+        self._now: Window | None = None
         self._held: OrderedDict[int, Future[Loaded]] = OrderedDict()  # by first place
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._labels: OrderedDict[int, np.ndarray] = OrderedDict()  # shard -> class ids
         self._labelled = any(s["largest_class_id"] != -1 for s in store.index.summaries)
 
-    def gather(
-        self, places: np.ndarray, picks: np.ndarray, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """The rows of `picks`, which stand at `places` (ascending) of the stream: (n, N)."""
-        if out is None:
-            spec = self.store.meta.arrays[self.column]
-            out = np.empty((len(picks), *spec.shape), spec.dtype)
-        for part, loaded in self._parts(places):
-            index = loaded.index(picks[part])
-            np.take(loaded.codes, index, axis=0, out=out[part], mode="clip")
-        return out
-
-    def class_ids(self, places: np.ndarray, picks: np.ndarray) -> np.ndarray:
-        """Class ids (n,) int64 of the same rows."""
-        out = np.empty(len(picks), np.int64)
-        for part, loaded in self._parts(places):
-            out[part] = loaded.class_ids[loaded.index(picks[part])]
-        return out
-
-    def _parts(self, places: np.ndarray) -> list[tuple[slice, Loaded]]:
-        """The windows that places lie in, loaded, each with the part of `places` it holds."""
+    def index(self, places: np.ndarray, picks: np.ndarray) -> np.ndarray:
+        """(n,) int64, for `read`: where in their windows the picks are that stand at `places`."""
+        index = np.empty_like(picks)
         if not len(places):
-            return []
-        windows = self.order.windows(int(places[0]), int(places[-1]) + 1)
-        parts = []
-        for window in windows:
-            begin, end = np.searchsorted(places, [window.first, window.end])
-            if end > begin:
-                parts.append((slice(int(begin), int(end)), self._request(window).result()))
-        self._request(self.order.windows(windows[-1].end, windows[-1].end + 1)[0])
-        return parts
+            return index
+        for window in self.order.windows(int(places[0]), int(places[-1]) + 1):
+            part = slice(*np.searchsorted(places, [window.first, window.end]))
+            begins, sizes = self._pick_ranges(window)
+            which = np.searchsorted(begins, picks[part], side="right") - 1
+            index[part] = picks[part] - (begins - (np.cumsum(sizes) - sizes))[which]
+        return index
+
+    def read(
+        self, places: np.ndarray, index: np.ndarray, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (n, N), in `out` where given, and class ids (n,) int64 of what stands at `places`
+        (ascending) of the stream."""
+        spec = self.store.meta.arrays[self.column]
+        codes = np.empty((len(index), *spec.shape), spec.dtype) if out is None else out
+        class_ids = np.empty(len(index), np.int64)
+        begin = 0
+        while begin < len(places):
+            window = self._enter(int(places[begin]))
+            end = len(places)
+            if places[-1] >= window.end:
+                end = int(np.searchsorted(places, window.end))
+            loaded = self._request(window).result()
+            np.take(loaded.codes, index[begin:end], axis=0, out=codes[begin:end], mode="clip")
+            np.take(loaded.class_ids, index[begin:end], out=class_ids[begin:end], mode="clip")
+            begin = end
+        return codes, class_ids
+
+    def _enter(self, place: int) -> Window:
+        """The window that a place lies in; the one after it is requested, too."""
+        if self._now is None or not self._now.first <= place < self._now.end:
+            self._now = self.order.windows(place, place + 1)[0]
+            self._request(self._now)
+            self._request(self.order.windows(self._now.end, self._now.end + 1)[0])
+        return self._now
 
     def _request(self, window: Window) -> "Future[Loaded]":
         """Has a window loaded in the background, unless it is held or on its way."""
@@ -93,15 +95,18 @@ class RowsInWindow:
         return self._held[window.first]
 
     def _load(self, window: Window) -> Loaded:
+        begins, sizes = self._pick_ranges(window)
+        picks = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+        rows = picks if self.chosen is None else self.chosen[picks]
+        codes = self.store.read_codes(rows, self.column)
+        return Loaded(codes, self._class_ids(rows))
+
+    def _pick_ranges(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """For every chunk of a window, ascending, its first pick and its number of picks."""
         begins, ends = self.order.bounds[window.chunks], self.order.bounds[window.chunks + 1]
         if self.unit_starts is not None:
             begins, ends = self.unit_starts[begins], self.unit_starts[ends]
-        sizes = ends - begins
-        start = np.cumsum(sizes) - sizes
-        picks = np.repeat(begins - start, sizes) + np.arange(sizes.sum())
-        rows = picks if self.chosen is None else self.chosen[picks]
-        codes = self.store.read_codes(rows, self.column)
-        return Loaded(begins, start, codes, self._class_ids(rows))
+        return begins, ends - begins
 
     def _class_ids(self, rows: np.ndarray) -> np.ndarray:
         class_ids = np.full(len(rows), -1, np.int64)

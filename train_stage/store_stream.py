@@ -39,12 +39,13 @@ class Reading:
 
 @dataclass
 class Plan:
-    """Rows to come, in the stream's order: all (n,) int64."""
+    """Rows to come, in the stream's order; all are (n,) int64."""
 
     places: np.ndarray
     picks: np.ndarray
     rows: np.ndarray  # row numbers of the store
     index: np.ndarray  # what the holder of the codes calls them
+    class_ids: np.ndarray | None  # -1: none; None: windows know them
 
 
 class StoreStream:
@@ -88,29 +89,34 @@ class StoreStream:
         units = self.order.places(places)
         picks = units
         if self.unit_starts is not None:
-            first, views = self.unit_starts[units], np.diff(self.unit_starts)[units]
+            first = self.unit_starts[units]
+            views = (self.unit_starts[units + 1] - first).astype(np.uint64)
             epochs = (places // self.size).astype(np.uint64)
             key = hash_words(self.seed, VIEWS)
             draw = hash_array(units.astype(np.uint64) ^ hash_array(epochs ^ key))
-            picks = first + ((draw >> np.uint64(32)) % views.astype(np.uint64)).astype(np.int64)
+            picks = first + ((draw >> np.uint64(32)) % views).astype(np.int64)
         rows = picks if self.chosen is None else self.chosen[picks]
-        index = self.holder.index(rows) if isinstance(self.holder, RowsInPlace) else picks
-        return Plan(places, picks, rows, index)
+        index = picks
+        if isinstance(self.holder, RowsInPlace):
+            index = self.holder.index(rows)
+        elif isinstance(self.holder, RowsInWindow):
+            index = self.holder.index(places, picks)
+        class_ids = None if self._class_ids is None else self._class_ids[picks]
+        return Plan(places, picks, rows, index, class_ids)
 
-    def codes(self, plan: Plan, part: slice, out: np.ndarray | None = None) -> np.ndarray | Tensor:
-        """Codes (n, N) of a part of a plan, narrow; in `out` where given and on the CPU."""
+    def read(
+        self, plan: Plan, part: slice, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray | Tensor, np.ndarray]:
+        """Codes (n, N), narrow, and class ids (n,) int64 (-1: none) of a part of a plan.
+
+        out: filled with the codes and returned, unless they are on a device.
+        """
         if isinstance(self.holder, RowsInWindow):
-            return self.holder.gather(plan.places[part], plan.picks[part], out)
+            return self.holder.read(plan.places[part], plan.index[part], out)
+        assert plan.class_ids is not None
         if isinstance(self.holder, RowsOnDevice):
-            return self.holder.gather(plan.index[part])
-        return self.holder.gather(plan.index[part], out)
-
-    def class_ids(self, plan: Plan, part: slice) -> np.ndarray:
-        """Class ids (n,) int64 of a part of a plan; -1 where there is none."""
-        if self._class_ids is not None:
-            return self._class_ids[plan.picks[part]]
-        assert isinstance(self.holder, RowsInWindow)
-        return self.holder.class_ids(plan.places[part], plan.picks[part])
+            return self.holder.gather(plan.index[part]), plan.class_ids[part]
+        return self.holder.gather(plan.index[part], out), plan.class_ids[part]
 
     @property
     def largest_class_id(self) -> int:
