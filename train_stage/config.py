@@ -111,11 +111,14 @@ class DatasetConfig:
     preload: Preload = "auto"
     """Where the codes are kept: ram, gpu, or none (mapped from a local arrow store, or through
     windows); auto: none where that is as fast, else ram. The order does not depend on it."""
+    cache_gb: float = 10.0
+    """How much of remote stores the local disk keeps ($MUSE_CACHE_DIR); 0 keeps nothing."""
     accept_changes: bool = False
     """Go on from a checkpoint though the stores have changed (rows dropped, shards added)."""
 
     def __post_init__(self) -> None:
         check_range("dataset.window_chunks", self.window_chunks, 1)
+        check_range("dataset.cache_gb", self.cache_gb, 0)
         if self.train_store is not None and self.mixture:
             raise ValueError("dataset.train_store or dataset.mixture, not both")
         if self.mixture and self.filter is not None:

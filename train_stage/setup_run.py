@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from configs.load import ConfigError, changed_keys, dump_config
 from storage.atomic import atomic_file
+from storage.file_cache import CacheOptions
 from storage.pretrained import find_model, load_strictly, read_weights
 from storage.reader import TokenStore
 from storage.schema import StoreMismatch
@@ -134,10 +135,18 @@ def open_sources(config: TrainConfig) -> list[Source]:
     """The stores to train on: the one of dataset.train_store, or the mixture's."""
     data = config.dataset
     if data.train_store is not None:
-        return [Source(TokenStore(data.train_store), filter=data.filter)]
+        return [Source(open_store(config, data.train_store), filter=data.filter)]
     if not data.mixture:
         raise ConfigError("dataset.train_store is missing: the token store to train on")
-    return [Source(TokenStore(e.store), e.weight, e.repeat, e.filter) for e in data.mixture]
+    return [
+        Source(open_store(config, entry.store), entry.weight, entry.repeat, entry.filter)
+        for entry in data.mixture
+    ]
+
+
+def open_store(config: TrainConfig, location: str) -> TokenStore:
+    """A store, with the configured cache if it is remote."""
+    return TokenStore(location, CacheOptions(max_bytes=int(config.dataset.cache_gb * 2**30)))
 
 
 def make_loader(
@@ -173,7 +182,7 @@ def make_eval_loader(
     """A loader over the evaluation store: same tokenizer, same grid, same classes."""
     if config.dataset.eval_store is None:
         return None
-    other, column = TokenStore(config.dataset.eval_store), config.dataset.codes_column
+    other, column = open_store(config, config.dataset.eval_store), config.dataset.codes_column
     ours, theirs = tokenizer_of(store.meta, column), tokenizer_of(other.meta, column)
     for name in ("fingerprint", "grid"):
         if getattr(ours, name) != getattr(theirs, name):
