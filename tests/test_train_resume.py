@@ -206,7 +206,8 @@ def test_other_data_is_refused(store, tmp_path, capfd):
     assert run_to_end(arguments(store, tmp_path / "run")) == 0
     other = make_store(tmp_path, rows=300, classes=9)
     shutil.rmtree(tmp_path / "vq")
-    assert "cannot go on: store 0: content was" in refused(arguments(other, tmp_path / "run"), capfd)
+    message = refused(arguments(other, tmp_path / "run"), capfd)
+    assert "cannot go on: store 0: content was" in message
 
 
 @pytest.mark.parametrize("name", ["training_state.pt", "unwrapped_model/model.safetensors"])

@@ -106,8 +106,9 @@ class DatasetConfig:
     shuffle: Shuffle = "full"
     """full: any row may follow any other; window: rows are mixed among window_chunks chunks, read
     one after the other, for stores larger than memory or far away."""
-    window_chunks: int = 64
-    """Chunks (of 1,024 rows, as a rule) in a window; more mix better and take more memory."""
+    window_chunks: int = 256
+    """Chunks (of 1,024 rows, as a rule) in a window, three of which are held: 400 MB of 256 codes a
+    row. More mix better; a store in random order needs few."""
     preload: Preload = "auto"
     """Where the codes are kept: ram, gpu, or none (mapped from a local arrow store, or through
     windows); auto: none where that is as fast, else ram. The order does not depend on it."""

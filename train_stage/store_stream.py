@@ -32,7 +32,7 @@ class Reading:
 
     column: str = "codes"
     shuffle: Shuffle = "full"
-    window_chunks: int = 64
+    window_chunks: int = 256
     views: Views = "all"
     preload: Preload = "auto"
 
