@@ -72,7 +72,7 @@ def test_loops_compile_where_nothing_can_be_cached():
     pytest.importorskip("numba")
     namespace: dict = {}
     exec("def add(a, b): return a + b", namespace)  # no file, so no folder beside it for a cache
-    assert compile_loops(namespace["add"], print)(2, 3) == 5
+    assert compile_loops(namespace["add"], print, "i8(i8, i8)")(2, 3) == 5
 
 
 def test_the_order_stays_what_it_is():

@@ -51,7 +51,7 @@ class _Planned:
 
     first: int
     sources: np.ndarray
-    parts: list[tuple[np.ndarray, Plan]]  # (places among the n, plan)
+    parts: list[tuple[np.ndarray | None, Plan]]  # (places among the n; None: all, plan)
 
 
 class TokenLoader:
@@ -108,14 +108,13 @@ class TokenLoader:
         """This process's part of the global batch `step`, whatever was read before."""
         planned = self._plan(step)
         first = (step - planned.first) * self.share
-        sources = planned.sources[first : first + self.share]
-        if len(self.streams) == 1:
-            plan, part = planned.parts[0][1], slice(first, first + self.share)
-            scratch = None if self.narrow else self._scratch
-            codes, ids = self.streams[0].read(plan, part, scratch)
-            rows = plan.rows[part]
-            return Batch(step, rows, self._widen(codes), torch.from_numpy(ids), sources)
-        return self._mixed(step, first, planned)
+        if len(self.streams) > 1:
+            return self._mixed(step, first, planned)
+        plan, part = planned.parts[0][1], slice(first, first + self.share)
+        scratch = None if self.narrow else self._scratch
+        codes, class_ids = self.streams[0].read(plan, part, scratch)
+        ids = torch.from_numpy(class_ids)
+        return Batch(step, plan.rows[part], self._widen(codes), ids, planned.sources[part])
 
     def epoch(self, step: int) -> float:
         """How many times the rows have been seen before global batch `step`, on average."""
@@ -151,10 +150,10 @@ class TokenLoader:
             batches = np.arange(first, first + self._batches)[:, None] * self.global_batch_size
             inside = np.arange(self.rank * self.share, (self.rank + 1) * self.share)
             sources, places = self.mixture.split((batches + inside).reshape(-1))
-            parts = []
+            parts: list[tuple[np.ndarray | None, Plan]] = []
             for number, stream in enumerate(self.streams):
-                where = np.flatnonzero(sources == number)
-                parts.append((where, stream.plan(places[where])))
+                where = np.flatnonzero(sources == number) if len(self.streams) > 1 else None
+                parts.append((where, stream.plan(places if where is None else places[where])))
             self._planned = _Planned(first, sources, parts)
         return self._planned
 
@@ -164,6 +163,7 @@ class TokenLoader:
         codes = np.empty((self.share, *self._shape), self._dtype)
         rows, class_ids = np.empty(self.share, np.int64), np.empty(self.share, np.int64)
         for stream, (where, plan) in zip(self.streams, planned.parts, strict=True):
+            assert where is not None
             begin, stop = np.searchsorted(where, [first, end])
             part, at = slice(int(begin), int(stop)), where[begin:stop] - first
             rows[at] = plan.rows[part]

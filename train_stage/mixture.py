@@ -10,7 +10,7 @@ from math import fsum, inf
 
 import numpy as np
 
-from train_stage.order import permute, runs
+from train_stage.order import permute, runs_of
 
 BLOCK = 65_536
 ARRANGEMENT = -1  # where the keys of permute have an epoch in other modules, which never is -1
@@ -33,7 +33,7 @@ class Mixture:
         if len(self.counts) == 1:
             return sources, positions
         places = np.empty(len(positions), np.int64)
-        for block, part in runs(positions // BLOCK):
+        for block, part in runs_of(positions, BLOCK):
             inside = positions[part] % BLOCK
             arrangement, ranks = self._block(block)
             sources[part] = arrangement[inside]

@@ -4,7 +4,7 @@
 `size`, walked until it falls inside (Black & Rogaway 2002). Any position of any epoch costs the
 same, so a run may start anywhere; the order does not depend on how many processes read it.
 
-numba compiles it where it is installed (0.3 s to import, and a second at the first call ever,
+numba compiles it where it is installed (half a second to import, and a second more the first time,
 which later processes find cached); numpy gives the same numbers, five times slower.
 """
 
@@ -38,7 +38,7 @@ class FullOrder:
     def places(self, positions: np.ndarray) -> np.ndarray:
         """Rows (n,) int64 in [0, size) at positions (n,) of the stream; fastest ascending."""
         places = np.empty(len(positions), np.int64)
-        for epoch, part in runs(positions // self.size):
+        for epoch, part in runs_of(positions, self.size):
             inside = positions[part] - epoch * self.size
             places[part] = permute(inside, self.size, self.seed, epoch)
         return places
@@ -63,6 +63,13 @@ def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     while len(outside := np.flatnonzero(result >= size)):
         result[outside] = _permute_rectangle(result[outside], width, height, keys)
     return result.reshape(index.shape)
+
+
+def runs_of(positions: np.ndarray, size: int) -> Iterator[tuple[int, slice]]:
+    """runs(positions // size), without a division each where all lie in one epoch (or block)."""
+    if len(positions) and (first := int(positions.min()) // size) == int(positions.max()) // size:
+        return iter([(first, slice(0, len(positions)))])
+    return runs(positions // size)
 
 
 def runs(labels: np.ndarray) -> Iterator[tuple[int, slice]]:
@@ -92,14 +99,17 @@ def hash_array(values: np.ndarray) -> np.ndarray:
     return values ^ values >> np.uint64(31)
 
 
-def compile_loops(loops: Callable, fallback: Callable) -> Callable:
-    """`loops` compiled by numba, without the GIL; `fallback` where numba is not installed."""
+def compile_loops(loops: Callable, fallback: Callable, *signatures: str) -> Callable:
+    """`loops` compiled by numba, without the GIL; `fallback` where numba is not installed.
+
+    It is compiled, or loaded from the cache, at once, so that no batch waits for it.
+    """
     if njit is None:
         return fallback
     try:
-        return njit(nogil=True, cache=True)(loops)
+        return njit(list(signatures), nogil=True, cache=True)(loops)
     except RuntimeError:  # no folder to cache in: a read-only installation, and no home
-        return njit(nogil=True)(loops)
+        return njit(list(signatures), nogil=True)(loops)
 
 
 def _network(index: np.ndarray, width: int, height: int, keys: np.ndarray) -> np.ndarray:
@@ -156,4 +166,4 @@ def _loops(index: np.ndarray, width: int, height: int, keys: np.ndarray) -> np.n
     return result
 
 
-_permute_rectangle = compile_loops(_loops, _network)
+_permute_rectangle = compile_loops(_loops, _network, "i8[::1](i8[::1], i8, i8, u4[::1])")

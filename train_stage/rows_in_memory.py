@@ -40,7 +40,7 @@ class RowsInMemory:
 
     def gather(self, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Rows (n, N), in `out` where given. One thread: more only wait for each other here."""
-        return np.take(self.codes, index, axis=0, out=out, mode="clip")
+        return self.codes.take(index, 0, out, "clip")
 
 
 class RowsOnDevice:

@@ -74,4 +74,9 @@ def _copy_rows_loop(flat, index, out):  # type: ignore[no-untyped-def]
             target[place] = source[place]
 
 
-copy_rows = compile_loops(_copy_rows_loop, copy_rows_numpy)
+copy_rows = compile_loops(
+    _copy_rows_loop,
+    copy_rows_numpy,
+    "void(u2[::1], i8[::1], u2[:, ::1])",
+    "void(u4[::1], i8[::1], u4[:, ::1])",
+)

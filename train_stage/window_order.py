@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from train_stage.order import permute, runs
+from train_stage.order import permute, runs, runs_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class WindowOrder:
     def places(self, positions: np.ndarray) -> np.ndarray:
         """Rows (n,) int64 in [0, size) at positions (n,) of the stream; fastest ascending."""
         places = np.empty(len(positions), np.int64)
-        for epoch, part in runs(positions // self.size):
+        for epoch, part in runs_of(positions, self.size):
             inside = positions[part] - epoch * self.size
             starts = self._epoch(epoch)[1]
             for window, piece in runs(np.searchsorted(starts, inside, side="right") - 1):
