@@ -76,6 +76,12 @@ def test_seeking_costs_nothing():
     assert time.perf_counter() - began < 0.05
 
 
+def test_places_left_over_go_to_the_largest_remainders():
+    # of 65,536: 0.3, 0.3, 0.7 and 0.7 places more than whole ones
+    assert share_places([1000.3, 2000.3, 3000.7, 59534.7]).tolist() == [1000, 2000, 3001, 59535]
+    assert share_places([1, 1, 1]).tolist() == [21846, 21845, 21845]
+
+
 def test_the_least_legal_weight_is_named():
     with pytest.raises(ValueError, match="source 1 is less than one row in 65,536") as error:
         Mixture([0.9, 1e-7, 0.15], 0)

@@ -42,6 +42,15 @@ def test_any_size_alone_or_together(size, seed, data):
     assert permute(index.reshape(-1, 1), size, seed).shape == (len(index), 1)
 
 
+def test_any_array_of_integers_will_do():
+    expected = permute(np.arange(5), 100, 1)
+    read_only = np.frombuffer(np.arange(5).tobytes(), np.int64)
+    unaligned = np.frombuffer(b"." + np.arange(5).tobytes(), np.int64, offset=1)
+    strided, narrow = np.repeat(np.arange(5), 2)[::2], np.arange(5, dtype=np.uint8)
+    for index in (read_only, unaligned, strided, narrow, [0, 1, 2, 3, 4]):
+        assert np.array_equal(permute(index, 100, 1), expected)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 100, 65_537, 10**9, 2**62])
 def test_loops_and_numpy_agree(size, monkeypatch):
     index = np.unique(np.linspace(0, size - 1, 20_000).astype(np.int64).clip(0, size - 1))
@@ -132,6 +141,14 @@ def test_keys_give_other_orders():
     orders = [permute(np.arange(1000), 1000, *key) for key in keys]
     for n, one in enumerate(orders):
         assert all((one == other).mean() < 0.02 for other in orders[:n])
+
+
+def test_no_two_epochs_are_alike():
+    """Nor one of this seed and one of the next."""
+    epochs = [FullOrder(1000, seed).places(np.arange(4000)).reshape(4, 1000) for seed in (0, 1)]
+    epochs = np.concatenate(epochs)
+    for n, one in enumerate(epochs):
+        assert all((one == other).mean() < 0.02 for other in epochs[:n])
 
 
 @pytest.mark.parametrize("index, size", [(10, 10), (-1, 10), (0, 0), (0, 2**62 + 1)])

@@ -52,7 +52,7 @@ def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     if not 1 <= size <= LARGEST:
         raise ValueError(f"cannot permute {size} rows, only 1 to {LARGEST}")
     index = np.asarray(index, np.int64)
-    flat = np.ascontiguousarray(index).reshape(-1)
+    flat = np.require(index, requirements=["C", "A", "W"]).reshape(-1)  # as compiled for
     if len(flat) and not 0 <= flat.min() <= flat.max() < size:
         raise ValueError(f"index {flat.min()} to {flat.max()} in a permutation of [0, {size})")
     width = max(1, (size - 1).bit_length() // 2)

@@ -29,16 +29,19 @@ class RowsInPlace:
         first = int(starts[full].min())
         span = (ctypes.c_ubyte * (int(ends[full].max()) - first)).from_address(first)
         self._flat = np.ctypeslib.as_array(span).view(self.dtype)  # touched only where mapped
-        self._starts = (starts - first) // self.dtype.itemsize
+        begins = (starts - first) // self.dtype.itemsize
+        self._before = begins - store.numbers.starts[:-1] * self.width  # as if all came before
         self._unchecked = int(store.numbers.first_chunks[-1])
         self._checked = np.zeros(self._unchecked, bool)
 
     def index(self, rows: np.ndarray) -> np.ndarray:
         """Offsets (n,) int64, for `gather`, of row numbers; checks the chunks they lie in."""
-        shard, place = self.store.numbers.locate(rows)
+        numbers = self.store.numbers
+        disk = numbers.on_disk(rows)
+        shard = numbers.shard_of(disk)
         if self._unchecked:
-            self._check(shard, place)
-        return self._starts[shard] + place * self.width
+            self._check(shard, disk - numbers.starts[shard])
+        return disk * self.width + self._before.take(shard)
 
     def gather(self, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The rows at these offsets: (n, N), in `out` where given."""

@@ -23,6 +23,7 @@ class Loaded:
 
     codes: np.ndarray  # (rows, N)
     class_ids: np.ndarray  # (rows,) int64
+    buffer: np.ndarray  # what codes are the beginning of
 
 
 class RowsInWindow:
@@ -39,6 +40,7 @@ class RowsInWindow:
         """chosen, unit_starts: as in StoreStream; None where picks are rows, units are picks."""
         self.store, self.column, self.order = store, column, order
         self.chosen, self.unit_starts = chosen, unit_starts
+        self._free: list[np.ndarray] = []
         self._now: Window | None = None
         self._held: OrderedDict[int, Future[Loaded]] = OrderedDict()  # by first place
         self._reader = ThreadPoolExecutor(max_workers=1)
@@ -90,7 +92,9 @@ class RowsInWindow:
         if window.first not in self._held:
             self._held[window.first] = self._reader.submit(self._load, window)
             while len(self._held) > HELD:
-                self._held.popitem(last=False)
+                _, old = self._held.popitem(last=False)
+                if old.done() and old.exception() is None:
+                    self._free.append(old.result().buffer)
         self._held.move_to_end(window.first)
         return self._held[window.first]
 
@@ -98,8 +102,18 @@ class RowsInWindow:
         begins, sizes = self._pick_ranges(window)
         picks = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
         rows = picks if self.chosen is None else self.chosen[picks]
-        codes = self.store.read_codes(rows, self.column)
-        return Loaded(codes, self._class_ids(rows))
+        buffer = self._buffer(len(rows))
+        codes = self.store.read_codes(rows, self.column, out=buffer[: len(rows)])
+        return Loaded(codes, self._class_ids(rows), buffer)
+
+    def _buffer(self, rows: int) -> np.ndarray:
+        """Room for a window, of one that is held no more: fresh memory is slow to come by."""
+        while self._free:
+            buffer = self._free.pop()
+            if len(buffer) >= rows:
+                return buffer
+        spec = self.store.meta.arrays[self.column]
+        return np.empty((rows + rows // 16, *spec.shape), spec.dtype)
 
     def _pick_ranges(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """For every chunk of a window, ascending, its first pick and its number of picks."""
