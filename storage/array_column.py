@@ -10,7 +10,7 @@ import numpy as np
 from crc32c import crc32c
 
 from storage.arrow_array import ArrowChunks
-from storage.files import StoreFiles
+from storage.files import REMEDY, StoreFiles
 from storage.schema import StoreMeta
 from storage.zarr_array import ZarrChunks
 
@@ -50,8 +50,8 @@ class ArrayColumnReader:
                 self._compare(chunk, out)
             return
         places = [self.chunks.byte_range(chunk) for chunk in chunks]
-        found = self.files.read_ranges(self.chunks.name, [place for place in places if place])
-        contents = iter(found)
+        ranges = [place for place in places if place]  # of zeros only: not on disk
+        contents = iter(self.files.read_ranges(self.chunks.name, ranges) if ranges else [])
         for chunk, place, out in zip(chunks, places, outs, strict=True):
             self._decode(chunk, place, next(contents) if place else None, out)
 
@@ -69,17 +69,22 @@ class ArrayColumnReader:
         return mapped
 
     def _decode(
-        self, chunk: int, place: tuple[int, int] | None, content: bytes | None, out: np.ndarray
+        self,
+        chunk: int,
+        place: tuple[int, int] | None,
+        content: bytes | None,
+        out: np.ndarray,
+        fresh: bool = False,
     ) -> None:
         try:
             self.chunks.decode(content, out)
             self._compare(chunk, out)
         except ValueError:
-            if place is None or self.files.local_path(self.chunks.name) is not None:
+            if place is None or fresh or self.files.local_path(self.chunks.name) is not None:
                 raise self._damaged(chunk) from None
+            # what the cache held was damaged, perhaps
             content = self.files.read_range(self.chunks.name, *place, fresh=True)
-            self.chunks.decode(content, out)  # what the cache held was damaged, perhaps
-            self._compare(chunk, out)
+            self._decode(chunk, place, content, out, fresh=True)
 
     def _compare(self, chunk: int, rows: np.ndarray) -> None:
         if crc32c(rows.data) != self.checksums[chunk]:
@@ -89,6 +94,5 @@ class ArrayColumnReader:
         first = chunk * self.chunk_rows
         last = first + self.chunk_size(chunk) - 1
         return ValueError(
-            f"{self.files.url}/{self.chunks.name} is damaged in rows {first}..{last}: restore it, "
-            "or delete its shard folder and encode it again"
+            f"{self.files.url}/{self.chunks.name} is damaged in rows {first}..{last}: {REMEDY}"
         )

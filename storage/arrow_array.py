@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from storage.files import StoreFiles
+from storage.files import REMEDY, StoreFiles
 
 
 def write_array(path: Path, array: np.ndarray, chunk_rows: int) -> None:
@@ -34,8 +34,8 @@ def data_offset(path: Path) -> int:
             whole = source.read_buffer()
             rows = pa.ipc.open_file(whole).get_batch(0).column(0).flatten()
             return rows.buffers()[1].address - whole.address if len(rows) else 0
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged: {error}: {REMEDY}") from None
 
 
 class ArrowChunks:
@@ -58,8 +58,8 @@ class ArrowChunks:
         elif local is not None:
             try:
                 self.mapped = np.memmap(local, chunk.dtype, "r", self.offset, shape)
-            except ValueError as error:
-                raise ValueError(f"{local} is damaged: {error}") from None
+            except (ValueError, FileNotFoundError) as error:
+                raise ValueError(f"{local} is damaged: {error}: {REMEDY}") from None
 
     def byte_range(self, chunk: int) -> tuple[int, int]:
         """(start, length) of a chunk."""

@@ -1,8 +1,8 @@
 """Files that exist whole or not at all: write under another name, flush to disk, rename."""
 
-import glob
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -55,10 +55,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             for name in files:
                 flush(Path(folder) / name)
             flush(Path(folder))
-        with suppress(OSError):
-            os.rename(temporary, path)
-        if not path.is_dir():
-            raise OSError(f"cannot write {path}: a file of that name is in the way")
+        os.rename(temporary, path)
         flush(path.parent)
     except OSError:
         if not path.is_dir():  # else another writer was first, and removed our temporary
@@ -95,7 +92,7 @@ def parse_json(content: bytes, name: str) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{name} is damaged: {error!r}; restore it or encode it again") from None
     if digest != fingerprint(value):
-        raise ValueError(f"{name} is damaged: its digest does not match its content")
+        raise ValueError(f"{name} is damaged: its digest is not that of its content; restore it")
     return value
 
 
@@ -110,4 +107,7 @@ def flush(path: Path) -> None:
 
 def _temporaries(folder: Path, name: str) -> list[Path]:
     """What writers of `name` left or are filling: the name, a dot and 32 hex digits."""
-    return list(folder.glob(f"{glob.escape(name)}.{'[0-9a-f]' * 32}"))
+    form = re.compile(re.escape(name) + r"\.[0-9a-f]{32}")
+    with suppress(FileNotFoundError):  # `folder` is gone
+        return [folder / entry for entry in os.listdir(folder) if form.fullmatch(entry)]
+    return []

@@ -12,6 +12,8 @@ from storage.file_cache import CacheOptions
 from storage.patience import Patience
 from storage.remote_files import RemoteFiles
 
+REMEDY = "restore it, or delete its shard folder and encode it again"
+
 
 class StoreFiles(Protocol):
     """The files of one store. `url` names it in messages."""
@@ -79,7 +81,10 @@ class LocalFiles:
         self, name: str, ranges: list[tuple[int, int]], *, fresh: bool = False
     ) -> list[bytes]:
         path = self.local_path(name)
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} is missing: {REMEDY}") from None
         try:
             return [_pread(descriptor, path, start, length) for start, length in ranges]
         finally:
@@ -106,7 +111,7 @@ def _pread(descriptor: int, path: Path, start: int, length: int) -> bytes:
             size = os.fstat(descriptor).st_size
             raise ValueError(
                 f"{path} is truncated: bytes {start}..{start + length} asked for, it has {size}; "
-                "restore it from a copy"
+                f"{REMEDY}"
             )
         data += more
     return data

@@ -64,8 +64,9 @@ def _refusal(url: str, error: Exception) -> Exception | None:
     status = http_status(error)
     if isinstance(error, FileNotFoundError | IsADirectoryError) or status in (404, 410):
         return FileNotFoundError(f"{url} does not exist")
-    credentials = "Credentials" in type(error).__name__  # botocore's and google's share no base
-    if isinstance(error, PermissionError) or status in (401, 403) or credentials:
+    known = isinstance(error, PermissionError) or status in (401, 403)
+    # gcsfs raises OSError("Forbidden: ..."); missing credentials have no base class
+    if known or str(error).startswith("Forbidden") or "Credentials" in type(error).__name__:
         return PermissionError(
             f"{url}: access refused ({error}); set credentials where the protocol looks for them "
             "(AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, fsspec's configuration)"

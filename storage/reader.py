@@ -31,11 +31,12 @@ from storage.filters import Filter, check_columns, parse_filter
 from storage.index import Index, open_index
 from storage.row_numbers import Piece, RowNumbers
 from storage.schema import SKIPPED_SCHEMA, TABLE_SCHEMA, read_meta
-from storage.shard import MANIFEST, ROWS, read_parquet, read_skipped, split_folder
+from storage.shard import MANIFEST, ROWS, read_rows, read_skipped, split_folder
 from storage.tombstones import dropped_rows, read_tombstones
 from storage.writer import expected_shards
 
 Rows = Any  # integers, a slice, or a boolean mask over all rows
+ATTEMPTS = 3  # to open a store whose shards are being rewritten
 
 
 class TokenStore:
@@ -47,12 +48,18 @@ class TokenStore:
         self.files = open_files(location, cache)
         self.path = location
         self.meta = read_meta(self.files)
-        self.index: Index = open_index(self.files)
-        dropped = dropped_rows(self.files, self.index.folders)
+        for attempt in range(ATTEMPTS):
+            try:
+                self.index: Index = open_index(self.files)
+                self.tombstones = read_tombstones(self.files)
+                dropped = dropped_rows(self.files, self.tombstones, self.index)
+                break
+            except FileNotFoundError:  # a shard was rewritten and its old version removed?
+                if attempt == ATTEMPTS - 1:
+                    raise
         self.numbers = RowNumbers(
             self.index.rows, [dropped.get(f) for f in self.index.folders], self.meta.chunk_rows
         )
-        self._manifests: dict[int, dict[str, Any]] = {}
         self._columns: dict[tuple[int, str], ArrayColumnReader] = {}
 
     def __len__(self) -> int:
@@ -183,21 +190,25 @@ class TokenStore:
         columns = [*self.meta.arrays, *self.columns] if columns is None else columns
         numbers = np.arange(len(self)) if rows is None else self._row_numbers(rows)
         table = self.table([c for c in columns if c not in self.meta.arrays], numbers)
+        found = dict(zip(table.column_names, table.columns, strict=True))
         for column in (c for c in columns if c in self.meta.arrays):
             codes = self.read_codes(numbers, column)
             width = int(np.prod(codes.shape[1:]))
-            values = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), width)
-            table = table.append_column(column, values)
-        return table.select(columns)
+            found[column] = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), width)
+        return pa.table({column: found[column] for column in columns})
 
     def dataset(self) -> ds.Dataset:
-        """A pyarrow dataset of the table columns, for scans with filters pushed down to Parquet."""
+        """A pyarrow dataset of the table columns, for scans with filters pushed down to Parquet.
+
+        Of its files only the pages are checked, as Parquet does it.
+        """
         filesystem, root = fsspec.url_to_fs(self.files.url)
         paths = [f"{root}/shards/{folder}/{ROWS}" for folder in self.index.folders]
-        dataset = ds.dataset(
-            paths, schema=self._schema(None), format="parquet", filesystem=filesystem
-        )
-        for tombstone in read_tombstones(self.files):
+        checked = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        format = ds.ParquetFileFormat(default_fragment_scan_options=checked)
+        schema = self._schema(None)
+        dataset = ds.dataset(paths, schema=schema, format=format, filesystem=filesystem)
+        for tombstone in self.tombstones:
             found = pc.field(tombstone.column).isin(tombstone.values)
             dataset = dataset.filter(~found | found.is_null())
         return dataset
@@ -225,8 +236,9 @@ class TokenStore:
     def skipped(self) -> pa.Table:
         """All rejected samples: key, source, reason."""
         parts = [
-            read_skipped(self.files, f"shards/{folder}", self.index.summary(shard))
-            for shard, folder in enumerate(self.index.folders)
+            read_skipped(self.files, f"shards/{self.index.folders[shard]}", self.manifest(shard))
+            for shard, summary in enumerate(self.index.summaries)
+            if summary["skipped"]
         ]
         return pa.concat_tables([SKIPPED_SCHEMA.empty_table(), *parts])
 
@@ -236,18 +248,16 @@ class TokenStore:
 
     def manifest(self, shard: int) -> dict[str, Any]:
         """The manifest of shard number `shard`. Raises ValueError when it has changed."""
-        if shard not in self._manifests:
-            name = f"shards/{self.index.folders[shard]}/{MANIFEST}"
-            try:
-                content = self.files.read(name)
-            except FileNotFoundError:
-                gone = f"{self.files.url}/{name} is gone"
-                raise FileNotFoundError(f"{gone}: the store was rewritten; open it again") from None
-            if hashlib.sha256(content).digest() != self.index.table["manifest"][shard].as_py():
-                changed = f"{self.files.url}/{name} is not the one that was sealed"
-                raise ValueError(f"{changed}: run muse-store verify there, or seal it again")
-            self._manifests[shard] = parse_json(content, name)
-        return self._manifests[shard]
+        name = f"shards/{self.index.folders[shard]}/{MANIFEST}"
+        try:
+            content = self.files.read(name)
+        except FileNotFoundError:
+            gone = f"{self.files.url}/{name} is gone"
+            raise FileNotFoundError(f"{gone}: the store was rewritten; open it again") from None
+        if hashlib.sha256(content).digest() != self.index.table["manifest"][shard].as_py():
+            changed = f"{self.files.url}/{name} is not the one that was sealed"
+            raise ValueError(f"{changed}: run muse-store verify there, or seal it again")
+        return parse_json(content, name)
 
     def _row_numbers(self, rows: Rows) -> np.ndarray:
         if isinstance(rows, slice):
@@ -257,6 +267,8 @@ class TokenStore:
             if len(rows) != len(self):
                 raise IndexError(f"a mask of {len(rows)}, the store has {len(self)} rows")
             return np.flatnonzero(rows)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise IndexError(f"rows of {rows.dtype}: integers, a slice or a mask are wanted")
         rows = rows.astype(np.int64)
         if rows.size and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(f"rows {rows.min()}..{rows.max()}, the store has {len(self)}")
@@ -279,16 +291,14 @@ class TokenStore:
         if name in TABLE_SCHEMA.names:
             return TABLE_SCHEMA.field(name)
         shard = next(i for i, s in enumerate(self.index.summaries) if name in s["columns"])
-        file = f"shards/{self.index.folders[shard]}/{ROWS}"
-        return pa.field(name, read_parquet(self.files, file, [name]).schema.field(name).type)
+        return pa.field(name, self._read_rows(shard, [name]).schema.field(name).type)
 
     def _tables(self, wanted: pa.Schema) -> Iterator[pa.Table]:
         return (self._shard_table(shard, wanted) for shard in range(len(self.shards)))
 
     def _shard_table(self, shard: int, wanted: pa.Schema) -> pa.Table:
         """The rows of a shard that are not dropped, with exactly the wanted columns."""
-        name = f"shards/{self.index.folders[shard]}/{ROWS}"
-        table = read_parquet(self.files, name, wanted.names or ["key"])
+        table = self._read_rows(shard, wanted.names or ["key"])
         count = len(table)
         arrays = [
             table[field.name] if field.name in table.column_names else pa.nulls(count, field.type)
@@ -297,6 +307,11 @@ class TokenStore:
         table = pa.Table.from_arrays(arrays, schema=wanted)
         kept = self.numbers.kept_in(shard)
         return table if kept is None else table.take(kept)
+
+    def _read_rows(self, shard: int, columns: list[str]) -> pa.Table:
+        """Table columns of all rows of a shard on disk; those that it lacks are left out."""
+        folder = f"shards/{self.index.folders[shard]}"
+        return read_rows(self.files, folder, self.manifest(shard), columns)
 
     def _column(self, shard: int, column: str) -> ArrayColumnReader:
         key = shard, self._array(column)

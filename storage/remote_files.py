@@ -145,7 +145,6 @@ class RemoteFiles:
 
         All there are from `start` on when the server sends the whole file.
         """
-
         path = self._path(name)
 
         async def attempt() -> bytes:
@@ -156,7 +155,7 @@ class RemoteFiles:
                     raise ConnectionError(f"{length} bytes asked for, {len(data)} came")
                 raise ValueError(
                     f"{self.url}/{name} is truncated: bytes {start}..{start + length} asked for, "
-                    f"it has {stop}; copy the file there anew"
+                    f"it ends at {stop} or before; copy it there anew"
                 )
             return data
 

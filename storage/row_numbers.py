@@ -38,17 +38,21 @@ class RowNumbers:
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers -> (shard, place inside it on disk), both (n,)."""
         disk = self.on_disk(numbers)
+        shard = self.shard_of(disk)
+        return shard, disk - self.starts[shard]
+
+    def shard_of(self, disk: np.ndarray) -> np.ndarray:
+        """The shards (n,) of places on disk (n,)."""
         bits, first = self._shard_guess
         if not bits:
-            shard = np.searchsorted(self.starts, disk, side="right") - 1
-        else:  # a stretch of 2^bits rows lies in two shards at most: several times faster
-            shard = first[disk >> bits]
-            shard += disk >= self.starts[shard + 1]
-        return shard, disk - self.starts[shard]
+            return np.searchsorted(self.starts, disk, side="right") - 1
+        shard = first.take(disk >> bits)  # a stretch of 2^bits rows lies in two shards at most
+        shard += disk >= self.starts[1:].take(shard)
+        return shard
 
     @cached_property
     def _shard_guess(self) -> tuple[int, np.ndarray]:
-        """(bits, the shard that row k << bits lies in, for all k); bits 0 where shards are small."""
+        """(bits, the shard of row k << bits for every k); bits 0 where shards are small."""
         bits = int(self.disk_rows.min(initial=2**32)).bit_length() - 1
         if bits < 6:
             return 0, np.empty(0, np.int64)
@@ -106,7 +110,7 @@ class RowNumbers:
             yield shard, places, numbers[places] - self.bounds[shard]
 
     def pieces(self, numbers: np.ndarray) -> list[Piece]:
-        """What to read for row numbers, one piece a chunk; places are slices where they are runs."""
+        """What to read for row numbers, a piece a chunk; places are slices where they are runs."""
         order = None
         if len(numbers) > 1 and (np.diff(numbers) < 0).any():
             order = np.argsort(numbers, kind="stable")

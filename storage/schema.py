@@ -97,6 +97,13 @@ def write_meta(path: Path, meta: StoreMeta) -> None:
     write_json(path / "store.json", meta.to_json())
 
 
+def raise_version(path: Path) -> None:
+    """Notes in store.json that the store has what readers of older versions do not know."""
+    meta = read_meta(path)
+    if meta.schema_version < SCHEMA_VERSION:
+        write_meta(path, dataclasses.replace(meta, schema_version=SCHEMA_VERSION))
+
+
 def read_meta(store: Path | StoreFiles) -> StoreMeta:
     """Reads STORE/store.json. Raises FileNotFoundError or ValueError (damaged, newer version)."""
     files = open_files(store) if isinstance(store, Path) else store
@@ -106,15 +113,16 @@ def read_meta(store: Path | StoreFiles) -> StoreMeta:
         raise FileNotFoundError(
             f"{files.url} is not a token store (no store.json); muse-tokenize makes one"
         ) from None
-    return meta_from_json(parse_json(content, f"{files.url}/store.json"))
+    return meta_from_json(parse_json(content, f"{files.url}/store.json"), files.url)
 
 
-def meta_from_json(content: dict[str, Any]) -> StoreMeta:
-    """StoreMeta.to_json backwards. Raises ValueError for a version newer than this code."""
+def meta_from_json(content: dict[str, Any], name: str) -> StoreMeta:
+    """StoreMeta.to_json backwards. Raises ValueError, naming the store, for a newer version."""
     version = content["schema_version"]
     if version > SCHEMA_VERSION:
         raise ValueError(
-            f"schema version {version}; this code reads up to {SCHEMA_VERSION}: update"
+            f"{name} is of schema version {version}, this code reads up to {SCHEMA_VERSION}: "
+            "update Open-MUSE"
         )
     content = {key: value for key, value in content.items() if key != "fingerprint"}
     content["arrays"] = {k: ArrayColumn(**v) for k, v in content["arrays"].items()}
@@ -146,7 +154,11 @@ def check_codes(codes: np.ndarray, column: ArrayColumn, codebook_size: int | Non
     if codebook_size and codes.size and not 0 <= codes.min() <= codes.max() < codebook_size:
         found = f"{codes.min()}..{codes.max()}"
         raise ValueError(f"codes in {found}, the codebook has [0, {codebook_size})")
-    return np.ascontiguousarray(codes, dtype=column.dtype)
+    with np.errstate(invalid="ignore"):  # of NaN
+        converted = np.ascontiguousarray(codes, dtype=column.dtype)
+    if converted.dtype.kind in "iu" and not np.array_equal(converted, codes):
+        raise ValueError(f"values of {codes.dtype} that {column.dtype} cannot hold")
+    return converted
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

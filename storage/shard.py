@@ -17,12 +17,12 @@ from typing import Any
 import crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage import arrow_array, zarr_array
-from storage.atomic import json_text
+from storage.atomic import json_text, parse_json
 from storage.files import StoreFiles
 from storage.fingerprint import file_sha256, fingerprint
+from storage.parquet_file import read_parquet, write_parquet
 from storage.schema import SKIPPED_SCHEMA, StoreMeta
 
 BACKENDS: dict[str, ModuleType] = {"zarr": zarr_array, "arrow": arrow_array}
@@ -32,7 +32,7 @@ VERSION = re.compile(r"(.+)@v([1-9][0-9]*)")
 
 def split_folder(folder: str) -> tuple[str, int]:
     """(name, version) of a shard folder: "a" is ("a", 1), "a@v3" is ("a", 3)."""
-    match = VERSION.fullmatch(folder)
+    match = VERSION.fullmatch(folder) if "@" in folder else None
     return (match[1], int(match[2])) if match else (folder, 1)
 
 
@@ -76,9 +76,8 @@ def finish_shard(
     linked: entries of the manifest for files that are another version's, so that damage to them
     since then is not signed anew.
     """
-    pq.write_table(table, folder / ROWS, compression="zstd", write_page_checksum=True)
-    if len(skipped):
-        pq.write_table(skipped, folder / SKIPPED, compression="zstd", write_page_checksum=True)
+    tables = {ROWS: table, SKIPPED: skipped} if len(skipped) else {ROWS: table}
+    parquet = {name: write_parquet(folder / name, content) for name, content in tables.items()}
     manifest = {
         **header,
         "store": meta.fingerprint,
@@ -89,6 +88,7 @@ def finish_shard(
         "largest_class_id": _largest(table["class_id"]),
         "chunks": chunks,
         "content": {name: fingerprint(checksums) for name, checksums in chunks.items()},
+        "parquet": parquet,
         "files": {
             name: (linked or {}).get(name)
             or {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -102,29 +102,27 @@ def finish_shard(
     (folder / MANIFEST).write_text(json_text(manifest))
 
 
-def read_parquet(files: StoreFiles, name: str, columns: list[str] | None = None) -> pa.Table:
-    """Columns of a Parquet file, page checksums verified. Raises ValueError when damaged.
+def read_manifest(files: StoreFiles, folder: str) -> dict[str, Any]:
+    """The manifest of the shard in `folder`. Raises ValueError when it is damaged."""
+    name = f"{folder}/{MANIFEST}"
+    return parse_json(files.read(name), f"{files.url}/{name}")
+
+
+def read_rows(
+    files: StoreFiles, folder: str, manifest: dict[str, Any], columns: list[str] | None = None
+) -> pa.Table:
+    """Columns of a shard's rows.parquet, all rows on disk. Raises ValueError when damaged.
 
     A name in `columns` that the file lacks is left out.
     """
-    local = files.local_path(name)
-    source = str(local) if local is not None else pa.BufferReader(files.read(name))
-    try:
-        with pq.ParquetFile(source, page_checksum_verification=True) as file:
-            if columns is not None:
-                columns = [column for column in columns if column in file.schema_arrow.names]
-            return file.read(columns)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{files.url}/{name} is damaged: {error}") from None
+    return read_parquet(files, folder, ROWS, manifest, columns)
 
 
 def read_skipped(files: StoreFiles, folder: str, manifest: dict[str, Any]) -> pa.Table:
     """The rejected samples of a shard (key, source, reason); empty where there are none."""
     if not manifest["skipped"]:
         return SKIPPED_SCHEMA.empty_table()
-    return read_parquet(files, f"{folder}/{SKIPPED}")
+    return read_parquet(files, folder, SKIPPED, manifest, None)
 
 
 def shard_files(folder: Path) -> list[Path]:

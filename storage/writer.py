@@ -83,16 +83,14 @@ class ShardWriter:
         name: str,
         source: str,
         extra_columns: pa.Schema | None = None,
-        version: int = 1,
     ):
-        """extra_columns: of the table, beside TABLE_SCHEMA; version: above 1 replaces the shard.
+        """extra_columns: of the table, beside TABLE_SCHEMA.
 
         Raises ValueError for a name that cannot be a folder or an extra column that exists.
         """
-        if not name or name.startswith(".") or "/" in name or split_folder(name)[1] > 1:
+        if not name or name.startswith(".") or "/" in name or split_folder(name)[0] != name:
             raise ValueError(f"shard name {name!r}: a folder's, without '/', leading dot, @v2 …")
         self.path, self.name, self.source = Path(path), name, source
-        self.folder = name if version == 1 else f"{name}@v{version}"
         self.meta = read_meta(self.path)
         extra = list(extra_columns or [])
         taken = [f.name for f in extra if f.name in [*TABLE_SCHEMA.names, *self.meta.arrays]]
@@ -152,7 +150,7 @@ class ShardWriter:
         table = pa.concat_tables([self.schema.empty_table(), *self._tables]).combine_chunks()
         skipped = pa.Table.from_pylist(self._skipped, schema=SKIPPED_SCHEMA)
         header = {"name": self.name, "source": self.source}
-        with atomic_directory(self.path / "shards" / self.folder) as folder:
+        with atomic_directory(self.path / "shards" / self.name) as folder:
             write_shard(folder, self.meta, header, arrays, table, skipped)
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ from crc32c import crc32c
 from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from storage.files import StoreFiles
+from storage.files import REMEDY, StoreFiles
 
 ABSENT = 2**64 - 1  # the offset of a chunk that is not written
 
@@ -58,7 +58,7 @@ class ZarrChunks:
             index = files.read_range(self.name, size - length, length, fresh=fresh)
             if crc32c(index[:-4]) == int.from_bytes(index[-4:], "little"):
                 return np.frombuffer(index[:-4], "<u8").reshape(-1, 2)
-        raise ValueError(f"{files.url}/{self.name} is damaged: its index of chunks")
+        raise ValueError(f"{files.url}/{self.name} is damaged in its index of chunks: {REMEDY}")
 
     def byte_range(self, chunk: int) -> tuple[int, int] | None:
         """(start, length) of a chunk; None for one of zeros only, which Zarr does not write."""

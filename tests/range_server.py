@@ -1,7 +1,7 @@
 """An HTTP/1.1 server of a folder on loopback: byte ranges, keep-alive, and faults when asked for.
 
     with serve(folder) as server:
-        server.faults["a.bin"] = ["500", "cut"]  # the next two replies for paths that end so
+        server.faults["a.bin"] = ["500", "", "cut"]  # the next three replies ("": no fault)
         requests of f"{server.url}/a.bin"
 
 Faults: an HTTP status ("500"); "cut" closes the connection in the middle of the body; "slow" waits

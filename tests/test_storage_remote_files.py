@@ -124,13 +124,15 @@ def test_every_protocol_names_what_is_missing_or_short(files):
             files.read_range("shards/a@v2/big.bin", start, 11)
 
 
-def test_new_files_are_listed(s3_settings, s3_endpoint):
+def test_listings_are_never_old(s3_settings, s3_endpoint):
     s3_settings(s3_endpoint)
     files = open_files("s3://bucket/growing", NO_CACHE)
-    assert files.list("shards") == []
-    other = fsspec.filesystem("s3", endpoint_url=s3_endpoint, key="key", secret="secret")
-    other.pipe_file("bucket/growing/shards/0/x", b"x")
+    writer = fsspec.filesystem("s3", endpoint_url=s3_endpoint, key="key", secret="secret")
+    writer.pipe_file("bucket/growing/shards/0/x", b"x")
     assert files.list("shards") == ["0"]
+    writer.pipe_file("bucket/growing/shards/1/x", b"x")
+    writer.pipe_file("bucket/growing/shards/", b"")  # a folder as some tools make it
+    assert files.list("shards") == ["0", "1"]
 
 
 def test_local_paths(folder):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from store_factory import make_store
 
-from storage.index import seal
 from storage.reader import TokenStore
 from storage.schema import StoreMismatch
+from storage.seal import seal
 from storage.tombstones import drop
 from storage.writer import ShardWriter
 from train_stage.loader import Source, TokenLoader

@@ -23,9 +23,9 @@ import torch
 
 from configs.load import load_command_config
 from storage.pretrained import model_fingerprint
-from storage.index import seal
 from storage.reader import TokenStore
 from storage.schema import ArrayColumn, StoreMeta, Tokenizer, codes_dtype
+from storage.seal import seal
 from storage.stats import store_sizes
 from storage.writer import ShardWriter, create_store, expect_shards
 from tokenize_stage.config import TokenizeConfig

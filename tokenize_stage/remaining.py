@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.files import open_files
-from storage.shard import ROWS, current_folders, read_parquet, read_skipped
+from storage.shard import current_folders, read_rows, read_skipped
 from storage.writer import finished_shards
 from tokenize_stage.sources import InputShard, stored_key
 
@@ -37,7 +37,7 @@ def _check_same_input(store: Path, shard: InputShard, manifest: dict[str, Any]) 
         return
     files = open_files(store)
     folder = f"shards/{current_folders(files.list('shards') or [])[shard.name]}"
-    stored = {*read_parquet(files, f"{folder}/{ROWS}", ["key"])["key"].to_pylist()}
+    stored = {*read_rows(files, folder, manifest, ["key"])["key"].to_pylist()}
     stored |= {*read_skipped(files, folder, manifest)["key"].to_pylist()}
     changed = sorted(stored ^ {stored_key(path) for path, _ in shard.files})
     if changed:
