@@ -10,12 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
 from configs.load import _walk, load_config
 from storage.cli import main as muse_store
+from storage.reader import TokenStore
 from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.encode import main as muse_tokenize
 from tokenize_stage.train_vq_config import TrainVQConfig
@@ -64,6 +67,7 @@ def commands_in(text):
 
 BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 PIPELINE = next(commands_in(block) for block in BASH if "photos/" in block)
+STORE_COMMANDS = next(commands_in(block) for block in BASH if "muse-store drop" in block)
 COMMANDS = [command for block in BASH for command in commands_in(block)]
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 COMMANDS += [words for code in re.findall(r"`(muse-[^`]+)`", PROSE) for words in commands_in(code)]
@@ -109,6 +113,17 @@ def in_playground(playground, monkeypatch):
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
 def test_python_block(in_playground, index):
     exec(compile(BLOCKS[index], f"README.md block {index}", "exec"), {})
+
+
+def test_stores_are_looked_after(in_playground):
+    keys = TokenStore("store").table(["key"])
+    scores = keys.append_column("score", pa.array(np.arange(len(keys)) / 10))
+    pq.write_table(scores, "scores.parquet")
+    for command in STORE_COMMANDS:
+        run(command)
+    assert len(TokenStore("store-all")) == len(TokenStore("store-arrow")) == len(keys)
+    assert TokenStore("store-arrow").meta.backend == "arrow"
+    assert list(Path("tars").glob("*.tar"))
 
 
 def test_there_are_blocks():
