@@ -11,6 +11,7 @@ import numpy as np
 from storage.reader import TokenStore
 from train_stage.order import compile_loops
 
+
 class RowsInPlace:
     """Rows by number; a chunk is checked when it is first touched."""
 
