@@ -184,6 +184,11 @@ def write_index(path: Path, index: Index) -> None:
             return
 
 
+def listed_folders(files: StoreFiles) -> list[str]:
+    """The folders below shards/ that count now, in row order; of a store that can be listed."""
+    return list(current_folders(files.list("shards") or []).values())
+
+
 def read_sealed(files: StoreFiles) -> Index | None:
     """The index as it was sealed; None for a store that is not.
 

@@ -6,19 +6,24 @@ After that no reader has to look into the shards to open the store (storage/inde
 from pathlib import Path
 
 from storage.files import open_files
-from storage.index import Index, open_index, read_index, write_index
+from storage.index import Index, listed_folders, open_index, read_index, write_index
 from storage.progress import Progress, no_progress
-from storage.shard import current_folders
 from storage.tombstones import read_tombstones, resolve, write_tombstone
 
 
 def seal(path: Path, progress: Progress = no_progress) -> Index:
     """Writes the index of all shards that exist now, read anew; safe to repeat, race and kill."""
-    files = open_files(path)
-    folders = list(current_folders(files.list("shards") or []).values())
-    index = read_index(files, folders, progress=progress)
-    _note(path, index)
-    write_index(path, index)
+    files, index, folders = open_files(path), None, None
+    while folders != (current := listed_folders(files)):  # others may add or rewrite shards
+        folders = current
+        try:
+            index = read_index(files, folders, index, progress)
+            _note(path, index)
+            write_index(path, index)
+        except FileNotFoundError:
+            if folders == listed_folders(files):
+                raise
+    assert index is not None
     return index
 
 

@@ -2,7 +2,8 @@
 
 A shard is immutable and exists only as a whole: storage/writer.py makes the folder under another
 name and renames it. The manifest lists every file with its sha256 (what `muse-store verify`
-compares) and the crc32c of every chunk of decoded rows (what a reader compares).
+compares) and the crc32c of every chunk of decoded rows and every table column (what a reader
+compares).
 
 A shard that is rewritten becomes a new folder, NAME@v2, NAME@v3 and so on, again by one rename;
 the highest version is the shard, and those below it are what its writer has yet to remove.

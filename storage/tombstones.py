@@ -18,7 +18,15 @@ import pyarrow.compute as pc
 from storage.atomic import parse_json, write_json
 from storage.files import StoreFiles, open_files
 from storage.fingerprint import fingerprint
-from storage.index import SEALED, TOMBSTONES, Index, open_index, tombstone_names, write_index
+from storage.index import (
+    SEALED,
+    TOMBSTONES,
+    Index,
+    listed_folders,
+    open_index,
+    tombstone_names,
+    write_index,
+)
 from storage.schema import raise_version
 from storage.shard import read_manifest, read_rows
 
@@ -50,10 +58,13 @@ def drop(path: Path, column: str, values: list[Any], reason: str = "") -> Tombst
         known = sorted({name for summary in index.summaries for name in summary["columns"]})
         raise ValueError(f"no shard of {path} has a column {column!r}; there are {known}")
     tombstone = Tombstone(column, sorted(set(values)), reason)
-    write_tombstone(path, *resolve(files, [tombstone], index))
-    if files.exists(SEALED):
-        write_index(path, index)
-    return tombstone
+    while True:
+        write_tombstone(path, *resolve(files, [tombstone], index))
+        if files.exists(SEALED):
+            write_index(path, index)
+        if listed_folders(files) == index.folders:
+            return tombstone
+        index = open_index(files)  # others have added shards, and may have sealed them
 
 
 def read_tombstones(files: StoreFiles) -> list[Tombstone]:

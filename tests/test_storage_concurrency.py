@@ -152,6 +152,10 @@ def open_and_count(path):
 
 def test_opening_while_shards_are_rewritten(path):
     write_shards(path, range(6))
-    together((stop_after, path, (compact_after_drops, path)), (repeat, path, open_and_count))
+    together(
+        (stop_after, path, (compact_after_drops, path)),
+        (repeat, path, open_and_count),
+        (repeat, path, seal),
+    )
     assert verify_store(path) == []
     assert len(check_rows(TokenStore(path))) == 6 * ROWS - 6

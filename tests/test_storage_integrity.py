@@ -19,7 +19,7 @@ from storage.seal import seal
 from storage.tombstones import drop
 from storage.verify import verify_store
 
-VERSION_1 = Path(__file__).parent / "data" / "store_version_1"
+VERSION_1 = Path(__file__).parent / "data" / "store_version_1"  # by the code of commit 662e83a
 
 
 @pytest.fixture(params=["zarr", "arrow"])

@@ -11,9 +11,9 @@ from storage.schema import StoreMismatch
 from storage.seal import seal
 from storage.tombstones import drop
 from storage.writer import ShardWriter
+from train_stage.compiled import copy_rows, copy_rows_numpy, gather
 from train_stage.loader import Source, TokenLoader
 from train_stage.rows_in_memory import check_fits
-from train_stage.rows_in_place import _copy_rows_loop, copy_rows_numpy
 from train_stage.store_stream import Reading
 
 WINDOW = Reading(shuffle="window", window_chunks=2)
@@ -270,6 +270,7 @@ def test_compiled_and_plain_gather_agree():
     flat, index = rng.integers(0, 1000, 5000).astype(np.uint16), rng.integers(0, 4900, 64)
     a, b = np.zeros((64, 100), np.uint16), np.zeros((64, 100), np.uint16)
     copy_rows_numpy(flat, index, a)
-    _copy_rows_loop(flat, index, b)
+    copy_rows(flat, index, b)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a, flat[index[:, None] + np.arange(100)])
+    assert gather(flat, index[:0], (10, 10)).shape == (0, 10, 10)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_stage import order
-from train_stage.order import FullOrder, compile_loops, hash_array, hash_words, permute, runs
+from train_stage.compiled import compile_loops
+from train_stage.order import FullOrder, hash_array, hash_words, permute, runs
 
 quick = settings(deadline=None, max_examples=60)
 SIZES = [2, 3, 5, 8, 9, 16, 17, 64, 65, 1000, 1024, 1025, 4097]

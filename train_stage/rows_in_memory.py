@@ -1,5 +1,6 @@
 """Codes kept in memory, or on a GPU, for the whole run: read once, gathered from then on."""
 
+import math
 import os
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from storage.reader import TokenStore
+from train_stage.compiled import gather
 
 SPAN = 65_536  # rows read at once
 
 
 class RowsInMemory:
-    """The chosen rows of a column as one array; `index` numbers them as they were chosen."""
+    """The chosen rows of a column as one array."""
 
     def __init__(self, store: TokenStore, column: str, rows: np.ndarray | None, quiet: bool = True):
         """rows: numbers to keep, ascending; None: all. Raises MemoryError before it is late."""
@@ -23,6 +25,7 @@ class RowsInMemory:
         size = count * int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
         check_fits(size, available_memory(), store.path)
         self.codes = np.empty((count, *spec.shape), spec.dtype)
+        self._flat = self.codes.reshape(-1)
         with tqdm(
             desc=f"loading {store.path}",
             total=size,
@@ -32,15 +35,17 @@ class RowsInMemory:
         ) as bar:
             for first in range(0, count, SPAN):
                 out = self.codes[first : first + SPAN]
-                chosen = (
-                    slice(first, first + len(out)) if rows is None else rows[first : first + SPAN]
-                )
-                store.read_codes(chosen, column, out=out)
+                span = slice(first, first + len(out))
+                store.read_codes(span if rows is None else rows[span], column, out=out)
                 bar.update(out.nbytes)
 
+    def index(self, picks: np.ndarray) -> np.ndarray:
+        """Offsets (n,) int64, for `gather`, of chosen rows."""
+        return picks * math.prod(self.codes.shape[1:])
+
     def gather(self, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows (n, N), in `out` where given. One thread: more only wait for each other here."""
-        return self.codes.take(index, 0, out, "clip")
+        """The rows at these offsets: (n, N), in `out` where given."""
+        return gather(self._flat, index, self.codes.shape[1:], out)
 
 
 class RowsOnDevice:

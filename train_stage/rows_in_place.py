@@ -9,7 +9,7 @@ import ctypes
 import numpy as np
 
 from storage.reader import TokenStore
-from train_stage.order import compile_loops
+from train_stage.compiled import gather
 
 
 class RowsInPlace:
@@ -46,10 +46,7 @@ class RowsInPlace:
 
     def gather(self, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The rows at these offsets: (n, N), in `out` where given."""
-        if out is None:
-            out = np.empty((len(index), *self.shape), self.dtype)
-        copy_rows(self._flat, index, out.reshape(len(index), self.width))
-        return out
+        return gather(self._flat, index, self.shape, out)
 
     def _check(self, shard: np.ndarray, place: np.ndarray) -> None:
         """Checks the chunks of these places, once. Raises ValueError for a damaged one."""
@@ -62,25 +59,3 @@ class RowsInPlace:
             self.store.rows_in_place(int(part), inside, self.column)
         self._checked[new] = True
         self._unchecked -= len(new)
-
-
-def copy_rows_numpy(flat: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
-    """out[i] = flat[index[i] : index[i] + width]."""
-    width = out.shape[1]
-    windows = np.lib.stride_tricks.sliding_window_view(flat, width)
-    out[:] = windows[index]
-
-
-def _copy_rows_loop(flat, index, out):  # type: ignore[no-untyped-def]
-    for row in range(len(index)):
-        source, target = flat[index[row] : index[row] + out.shape[1]], out[row]
-        for place in range(len(target)):
-            target[place] = source[place]
-
-
-copy_rows = compile_loops(
-    _copy_rows_loop,
-    copy_rows_numpy,
-    "void(u2[::1], i8[::1], u2[:, ::1])",
-    "void(u4[::1], i8[::1], u4[:, ::1])",
-)

@@ -4,6 +4,7 @@ The order (train_stage/window_order.py) visits the chunks of one window before t
 so that every chunk is read and decoded once an epoch, while the window before it is in use.
 """
 
+import math
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.reader import TokenStore
+from train_stage.compiled import gather
 from train_stage.window_order import Window, WindowOrder
 
 HELD = 3  # windows: the one in use, the next, and the one before, which a batch may straddle
@@ -21,7 +23,7 @@ LABELLED_SHARDS = 4096  # whose class ids are kept
 class Loaded:
     """The rows of a window, its chunks one after the other."""
 
-    codes: np.ndarray  # (rows, N)
+    flat: np.ndarray  # the codes, (rows · N,)
     class_ids: np.ndarray  # (rows,) int64
     buffer: np.ndarray  # what codes are the beginning of
 
@@ -67,14 +69,14 @@ class RowsInWindow:
         spec = self.store.meta.arrays[self.column]
         codes = np.empty((len(index), *spec.shape), spec.dtype) if out is None else out
         class_ids = np.empty(len(index), np.int64)
-        begin = 0
+        begin, width = 0, math.prod(spec.shape)
         while begin < len(places):
             window = self._enter(int(places[begin]))
             end = len(places)
             if places[-1] >= window.end:
                 end = int(np.searchsorted(places, window.end))
             loaded = self._request(window).result()
-            np.take(loaded.codes, index[begin:end], axis=0, out=codes[begin:end], mode="clip")
+            gather(loaded.flat, index[begin:end] * width, codes.shape[1:], codes[begin:end])
             np.take(loaded.class_ids, index[begin:end], out=class_ids[begin:end], mode="clip")
             begin = end
         return codes, class_ids
@@ -104,7 +106,7 @@ class RowsInWindow:
         rows = picks if self.chosen is None else self.chosen[picks]
         buffer = self._buffer(len(rows))
         codes = self.store.read_codes(rows, self.column, out=buffer[: len(rows)])
-        return Loaded(codes, self._class_ids(rows), buffer)
+        return Loaded(codes.reshape(-1), self._class_ids(rows), buffer)
 
     def _buffer(self, rows: int) -> np.ndarray:
         """Room for a window, of one that is held no more: fresh memory is slow to come by."""

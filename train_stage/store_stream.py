@@ -96,11 +96,15 @@ class StoreStream:
             draw = hash_array(units.astype(np.uint64) ^ hash_array(epochs ^ key))
             picks = first + ((draw >> np.uint64(32)) % views).astype(np.int64)
         rows = picks if self.chosen is None else self.chosen[picks]
-        index = picks
-        if isinstance(self.holder, RowsInPlace):
-            index = self.holder.index(rows)
-        elif isinstance(self.holder, RowsInWindow):
-            index = self.holder.index(places, picks)
+        match self.holder:
+            case RowsInMemory():
+                index = self.holder.index(picks)
+            case RowsInPlace():
+                index = self.holder.index(rows)
+            case RowsInWindow():
+                index = self.holder.index(places, picks)
+            case RowsOnDevice():
+                index = picks
         class_ids = None if self._class_ids is None else self._class_ids[picks]
         return Plan(places, picks, rows, index, class_ids)
 
