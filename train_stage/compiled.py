@@ -14,7 +14,7 @@ try:
     from numba import njit, types
     from numba.extending import intrinsic
 except ImportError:  # numba lags behind new Pythons
-    njit = None
+    njit = None  # type: ignore[assignment]
 
 AHEAD = 8  # rows: what a core can have under way to its second cache
 LINE_BYTES = 64
@@ -45,7 +45,7 @@ def copy_rows_loops(flat: Any, index: Any, out: Any) -> None:
     for row in range(len(index)):
         if row + AHEAD < len(index):
             for place in range(0, width, line):
-                prefetch(flat, index[row + AHEAD] + place)
+                prefetch(flat, index[row + AHEAD] + place)  # type: ignore[call-arg]
         source, target = flat[index[row] : index[row] + width], out[row]
         for place in range(width):
             target[place] = source[place]
