@@ -273,4 +273,4 @@ def test_compiled_and_plain_gather_agree():
     copy_rows(flat, index, b)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a, flat[index[:, None] + np.arange(100)])
-    assert gather(flat, index[:0], (10, 10)).shape == (0, 10, 10)
+    assert gather(flat, index[:0], 0, (10, 10)).shape == (0, 10, 10)

@@ -18,7 +18,7 @@ import torch
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # codes (b, N) int64 or uint16, labels (b,) int64
 BATCH = 256  # rows
-RING = 2  # buffers in turn; four would leave the L2 cache and lose a tenth
+RING = 4  # buffers in turn, as in a loader whose last batches are still in use
 
 SOURCE = """
 #include <stdint.h>

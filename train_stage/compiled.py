@@ -16,7 +16,7 @@ try:
 except ImportError:  # numba lags behind new Pythons
     njit = None  # type: ignore[assignment]
 
-AHEAD = 8  # rows: what a core can have under way to its second cache
+AHEAD = 32  # rows: under way to the second-level cache
 LINE_BYTES = 64
 
 
@@ -36,13 +36,13 @@ def compile_loops(loops: Callable, fallback: Callable, *signatures: str) -> Call
 def copy_rows_numpy(flat: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
     """out[i] = flat[index[i] : index[i] + width], for an array of any span."""
     windows = np.lib.stride_tricks.sliding_window_view(flat, out.shape[1])
-    out[:] = windows[index]
+    out[:] = windows[index[: len(out)]]
 
 
 def copy_rows_loops(flat: Any, index: Any, out: Any) -> None:
-    """The same; rows that are wanted soon are on their way from memory meanwhile."""
+    """The same; rows that are wanted soon, also beyond `out`, are on their way meanwhile."""
     width, line = out.shape[1], LINE_BYTES // out.itemsize
-    for row in range(len(index)):
+    for row in range(len(out)):
         if row + AHEAD < len(index):
             for place in range(0, width, line):
                 prefetch(flat, index[row + AHEAD] + place)  # type: ignore[call-arg]
@@ -76,13 +76,18 @@ copy_rows = compile_loops(
 
 
 def gather(
-    flat: np.ndarray, index: np.ndarray, shape: tuple[int, ...], out: np.ndarray | None = None
+    flat: np.ndarray,
+    index: np.ndarray,
+    rows: int,
+    shape: tuple[int, ...],
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rows (n, *shape) that begin at index (n,) int64 of a flat array; in `out` where given.
+    """Rows (rows, *shape) that begin at index (rows or more,) int64 of a flat array.
 
-    One thread: more of them only wait for each other here.
+    What index has beyond `rows` will be wanted next. out: filled and returned, where given. One
+    thread: more of them only wait for each other here.
     """
     if out is None:
-        out = np.empty((len(index), *shape), flat.dtype)
-    copy_rows(flat, index, out.reshape(len(index), math.prod(shape)))
+        out = np.empty((rows, *shape), flat.dtype)
+    copy_rows(flat, index, out.reshape(rows, math.prod(shape)))
     return out

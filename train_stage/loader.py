@@ -47,11 +47,17 @@ class Batch:
 
 @dataclass
 class _Planned:
-    """The batches from number `first` on: sources (n,), and of every source where and what."""
+    """The batches from number `first` up to `end`.
+
+    ready: of every batch its rows, the index of its codes and of those after it, class ids and
+    sources; None where there are windows or several stores.
+    """
 
     first: int
-    sources: np.ndarray
-    parts: list[tuple[np.ndarray | None, Plan]]  # (places among the n; None: all, plan)
+    end: int
+    sources: np.ndarray  # (n,)
+    parts: list[tuple[np.ndarray | None, Plan]]  # of every store: where in the n (None: all), what
+    ready: list[tuple[np.ndarray, np.ndarray, Tensor, np.ndarray]] | None
 
 
 class TokenLoader:
@@ -95,7 +101,9 @@ class TokenLoader:
         self.step = 0
         spec = sources[0].store.meta.arrays[reading.column]
         self._dtype, self._shape = np.dtype(spec.dtype), tuple(spec.shape)
-        self._scratch = np.empty((self.share, *self._shape), self._dtype)
+        scratch = np.empty((self.share, *self._shape), self._dtype)
+        self._scratch = None if narrow else scratch  # what is widened afterwards
+        self._gather = self.streams[0].gather
         self._planned: _Planned | None = None
         self._batches = max(1, PLANNED_ROWS // self.share)
 
@@ -106,15 +114,17 @@ class TokenLoader:
 
     def batch(self, step: int) -> Batch:
         """This process's part of the global batch `step`, whatever was read before."""
-        planned = self._plan(step)
-        first = (step - planned.first) * self.share
-        if len(self.streams) > 1:
-            return self._mixed(step, first, planned)
-        plan, part = planned.parts[0][1], slice(first, first + self.share)
-        scratch = None if self.narrow else self._scratch
-        codes, class_ids = self.streams[0].read(plan, part, scratch)
-        ids = torch.from_numpy(class_ids)
-        return Batch(step, plan.rows[part], self._widen(codes), ids, planned.sources[part])
+        planned = self._planned
+        if planned is None or not planned.first <= step < planned.end:
+            planned = self._planned = self._plan(step)
+        if planned.ready is not None:  # as little as can be: this is all that a batch costs
+            rows, index, class_ids, sources = planned.ready[step - planned.first]
+            codes = self._gather(index, self.share, self._scratch)
+            return Batch(step, rows, self._widen(codes), class_ids, sources)
+        part = slice((step - planned.first) * self.share, (step - planned.first + 1) * self.share)
+        rows, codes, ids = self._assemble(planned, part)
+        sources = planned.sources[part]
+        return Batch(step, rows, self._widen(codes), torch.from_numpy(ids), sources)
 
     def epoch(self, step: int) -> float:
         """How many times the rows have been seen before global batch `step`, on average."""
@@ -144,32 +154,40 @@ class TokenLoader:
         self.step = state["step"]
 
     def _plan(self, step: int) -> _Planned:
-        """What the batches around `step` hold; kept until others are asked for."""
+        """What the batches around `step` hold."""
         first = step - step % self._batches
-        if self._planned is None or self._planned.first != first:
-            batches = np.arange(first, first + self._batches)[:, None] * self.global_batch_size
-            inside = np.arange(self.rank * self.share, (self.rank + 1) * self.share)
-            sources, places = self.mixture.split((batches + inside).reshape(-1))
-            parts: list[tuple[np.ndarray | None, Plan]] = []
-            for number, stream in enumerate(self.streams):
-                where = np.flatnonzero(sources == number) if len(self.streams) > 1 else None
-                parts.append((where, stream.plan(places if where is None else places[where])))
-            self._planned = _Planned(first, sources, parts)
-        return self._planned
+        end = first + self._batches
+        starts = np.arange(first, end)[:, None] * self.global_batch_size
+        inside = np.arange(self.rank * self.share, (self.rank + 1) * self.share)
+        sources, places = self.mixture.split((starts + inside).reshape(-1))
+        if len(self.streams) > 1:
+            found = [np.flatnonzero(sources == number) for number in range(len(self.streams))]
+            plans = [s.plan(places[where]) for s, where in zip(self.streams, found, strict=True)]
+            return _Planned(first, end, sources, list(zip(found, plans, strict=True)), None)
+        plan, ready = self.streams[0].plan(places), None
+        if plan.class_ids is not None:
+            parts = (plan.rows, plan.class_ids, sources)
+            rows, ids, which = (part.reshape(-1, self.share) for part in parts)
+            index = [plan.index[begin:] for begin in range(0, len(places), self.share)]
+            ready = list(zip(rows, index, torch.from_numpy(ids), which, strict=True))
+        return _Planned(first, end, sources, [(None, plan)], ready)
 
-    def _mixed(self, step: int, first: int, planned: _Planned) -> Batch:
-        """A batch of rows from several stores."""
-        end = first + self.share
+    def _assemble(
+        self, planned: _Planned, part: slice
+    ) -> tuple[np.ndarray, np.ndarray | Tensor, np.ndarray]:
+        """Rows (b,), codes (b, N) and class ids (b,) of a part of what is planned."""
+        where, plan = planned.parts[0]
+        if where is None:
+            return plan.rows[part], *self.streams[0].read(plan, part, self._scratch)
+        rows, ids = np.empty(self.share, np.int64), np.empty(self.share, np.int64)
         codes = np.empty((self.share, *self._shape), self._dtype)
-        rows, class_ids = np.empty(self.share, np.int64), np.empty(self.share, np.int64)
         for stream, (where, plan) in zip(self.streams, planned.parts, strict=True):
             assert where is not None
-            begin, stop = np.searchsorted(where, [first, end])
-            part, at = slice(int(begin), int(stop)), where[begin:stop] - first
-            rows[at] = plan.rows[part]
-            codes[at], class_ids[at] = stream.read(plan, part)
-        sources = planned.sources[first:end]
-        return Batch(step, rows, self._widen(codes), torch.from_numpy(class_ids), sources)
+            begin, end = np.searchsorted(where, [part.start, part.stop])
+            inside, at = slice(int(begin), int(end)), where[begin:end] - part.start
+            rows[at] = plan.rows[inside]
+            codes[at], ids[at] = stream.read(plan, inside)
+        return rows, codes, ids
 
     def _widen(self, codes: np.ndarray | Tensor) -> Tensor:
         """To what the batch delivers; the narrow form shares memory with nothing of ours."""

@@ -33,11 +33,11 @@ class FullOrder:
 
     def places(self, positions: np.ndarray) -> np.ndarray:
         """Rows (n,) int64 in [0, size) at positions (n,) of the stream; fastest ascending."""
-        places = np.empty(len(positions), np.int64)
-        for epoch, part in runs_of(positions, self.size):
-            inside = positions[part] - epoch * self.size
-            places[part] = permute(inside, self.size, self.seed, epoch)
-        return places
+        parts = [
+            permute(positions[part] - epoch * self.size, self.size, self.seed, epoch)
+            for epoch, part in runs_of(positions, self.size)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate([positions[:0], *parts])
 
 
 def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
@@ -56,7 +56,8 @@ def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     rounds = max(6, 2 * -(-16 // width))  # the fewer bits a round moves, the more rounds
     keys = hash_array(hash_words(*key) + np.arange(rounds, dtype=np.uint64)).astype(np.uint32)
     result = _permute_rectangle(flat, width, height, keys)
-    while len(outside := np.flatnonzero(result >= size)):
+    while len(result) and result.max() >= size:
+        outside = np.flatnonzero(result >= size)
         result[outside] = _permute_rectangle(result[outside], width, height, keys)
     return result.reshape(index.shape)
 

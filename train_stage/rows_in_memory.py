@@ -43,9 +43,9 @@ class RowsInMemory:
         """Offsets (n,) int64, for `gather`, of chosen rows."""
         return picks * math.prod(self.codes.shape[1:])
 
-    def gather(self, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The rows at these offsets: (n, N), in `out` where given."""
-        return gather(self._flat, index, self.codes.shape[1:], out)
+    def gather(self, index: np.ndarray, rows: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The rows at the first offsets: (rows, N), in `out` where given."""
+        return gather(self._flat, index, rows, self.codes.shape[1:], out)
 
 
 class RowsOnDevice:
@@ -57,9 +57,9 @@ class RowsOnDevice:
             raise ValueError(f"preload=gpu wants uint16 codes, these are {rows.codes.dtype}")
         self.codes = torch.from_numpy(rows.codes.view(np.int16)).to(device)  # gathers lack uint16
 
-    def gather(self, index: np.ndarray) -> Tensor:
-        """Rows (n, N) uint16 on the device."""
-        on_device = torch.from_numpy(index).to(self.codes.device, non_blocking=True)
+    def gather(self, index: np.ndarray, rows: int, out: np.ndarray | None = None) -> Tensor:
+        """Rows (rows, N) uint16 on the device; `out` lies elsewhere and is left alone."""
+        on_device = torch.from_numpy(index[:rows]).to(self.codes.device, non_blocking=True)
         return self.codes.index_select(0, on_device).view(torch.uint16)
 
 

@@ -44,9 +44,9 @@ class RowsInPlace:
             self._check(shard, disk - numbers.starts[shard])
         return disk * self.width + self._before.take(shard)
 
-    def gather(self, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The rows at these offsets: (n, N), in `out` where given."""
-        return gather(self._flat, index, self.shape, out)
+    def gather(self, index: np.ndarray, rows: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The rows at the first offsets: (rows, N), in `out` where given."""
+        return gather(self._flat, index, rows, self.shape, out)
 
     def _check(self, shard: np.ndarray, place: np.ndarray) -> None:
         """Checks the chunks of these places, once. Raises ValueError for a damaged one."""

@@ -76,7 +76,8 @@ class RowsInWindow:
             if places[-1] >= window.end:
                 end = int(np.searchsorted(places, window.end))
             loaded = self._request(window).result()
-            gather(loaded.flat, index[begin:end] * width, codes.shape[1:], codes[begin:end])
+            inside = index[begin:end] * width
+            gather(loaded.flat, inside, len(inside), codes.shape[1:], codes[begin:end])
             np.take(loaded.class_ids, index[begin:end], out=class_ids[begin:end], mode="clip")
             begin = end
         return codes, class_ids

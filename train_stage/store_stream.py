@@ -118,9 +118,15 @@ class StoreStream:
         if isinstance(self.holder, RowsInWindow):
             return self.holder.read(plan.places[part], plan.index[part], out)
         assert plan.class_ids is not None
-        if isinstance(self.holder, RowsOnDevice):
-            return self.holder.gather(plan.index[part]), plan.class_ids[part]
-        return self.holder.gather(plan.index[part], out), plan.class_ids[part]
+        rows = part.stop - part.start
+        return self.holder.gather(plan.index[part], rows, out), plan.class_ids[part]
+
+    def gather(
+        self, index: np.ndarray, rows: int, out: np.ndarray | None = None
+    ) -> np.ndarray | Tensor:
+        """Codes (rows, N) of a plan's index from some place on, if the plan knows class ids."""
+        assert not isinstance(self.holder, RowsInWindow)
+        return self.holder.gather(index, rows, out)
 
     @property
     def largest_class_id(self) -> int:
