@@ -89,5 +89,5 @@ def gather(
     """
     if out is None:
         out = np.empty((rows, *shape), flat.dtype)
-    copy_rows(flat, index, out.reshape(rows, math.prod(shape)))
+    copy_rows(flat, index, out if out.ndim == 2 else out.reshape(rows, math.prod(shape)))
     return out

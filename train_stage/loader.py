@@ -49,15 +49,15 @@ class Batch:
 class _Planned:
     """The batches from number `first` up to `end`.
 
-    ready: of every batch its rows, the index of its codes and of those after it, class ids and
-    sources; None where there are windows or several stores.
+    ready: of every batch its rows, the index of its codes and of those after it, and class ids;
+    None where there are windows or several stores.
     """
 
     first: int
     end: int
     sources: np.ndarray  # (n,)
     parts: list[tuple[np.ndarray | None, Plan]]  # of every store: where in the n (None: all), what
-    ready: list[tuple[np.ndarray, np.ndarray, Tensor, np.ndarray]] | None
+    ready: list[tuple[np.ndarray, np.ndarray, Tensor]] | None
 
 
 class TokenLoader:
@@ -104,6 +104,7 @@ class TokenLoader:
         scratch = np.empty((self.share, *self._shape), self._dtype)
         self._scratch = None if narrow else scratch  # what is widened afterwards
         self._gather = self.streams[0].gather
+        self._first_source = np.zeros(self.share, np.int16)
         self._planned: _Planned | None = None
         self._batches = max(1, PLANNED_ROWS // self.share)
 
@@ -118,9 +119,9 @@ class TokenLoader:
         if planned is None or not planned.first <= step < planned.end:
             planned = self._planned = self._plan(step)
         if planned.ready is not None:  # as little as can be: this is all that a batch costs
-            rows, index, class_ids, sources = planned.ready[step - planned.first]
+            rows, index, class_ids = planned.ready[step - planned.first]
             codes = self._gather(index, self.share, self._scratch)
-            return Batch(step, rows, self._widen(codes), class_ids, sources)
+            return Batch(step, rows, self._widen(codes), class_ids, self._first_source)
         part = slice((step - planned.first) * self.share, (step - planned.first + 1) * self.share)
         rows, codes, ids = self._assemble(planned, part)
         sources = planned.sources[part]
@@ -166,10 +167,9 @@ class TokenLoader:
             return _Planned(first, end, sources, list(zip(found, plans, strict=True)), None)
         plan, ready = self.streams[0].plan(places), None
         if plan.class_ids is not None:
-            parts = (plan.rows, plan.class_ids, sources)
-            rows, ids, which = (part.reshape(-1, self.share) for part in parts)
+            rows, ids = (part.reshape(-1, self.share) for part in (plan.rows, plan.class_ids))
             index = [plan.index[begin:] for begin in range(0, len(places), self.share)]
-            ready = list(zip(rows, index, torch.from_numpy(ids), which, strict=True))
+            ready = list(zip(rows, index, torch.from_numpy(ids).unbind(), strict=True))
         return _Planned(first, end, sources, [(None, plan)], ready)
 
     def _assemble(

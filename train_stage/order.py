@@ -34,7 +34,7 @@ class FullOrder:
     def places(self, positions: np.ndarray) -> np.ndarray:
         """Rows (n,) int64 in [0, size) at positions (n,) of the stream; fastest ascending."""
         parts = [
-            permute(positions[part] - epoch * self.size, self.size, self.seed, epoch)
+            _walk(positions[part] - epoch * self.size, self.size, self.seed, epoch)
             for epoch, part in runs_of(positions, self.size)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate([positions[:0], *parts])
@@ -51,15 +51,20 @@ def permute(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     flat = np.require(index, requirements=["C", "A", "W"]).reshape(-1)  # as compiled for
     if len(flat) and not 0 <= flat.min() <= flat.max() < size:
         raise ValueError(f"index {flat.min()} to {flat.max()} in a permutation of [0, {size})")
+    return _walk(flat, size, *key).reshape(index.shape)
+
+
+def _walk(index: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """`permute` of a contiguous index (n,) known to be inside."""
     width = max(1, (size - 1).bit_length() // 2)
     height = -(-size >> width)
     rounds = max(6, 2 * -(-16 // width))  # the fewer bits a round moves, the more rounds
     keys = hash_array(hash_words(*key) + np.arange(rounds, dtype=np.uint64)).astype(np.uint32)
-    result = _permute_rectangle(flat, width, height, keys)
+    result = _permute_rectangle(index, width, height, keys)
     while len(result) and result.max() >= size:
         outside = np.flatnonzero(result >= size)
         result[outside] = _permute_rectangle(result[outside], width, height, keys)
-    return result.reshape(index.shape)
+    return result
 
 
 def runs_of(positions: np.ndarray, size: int) -> Iterator[tuple[int, slice]]:

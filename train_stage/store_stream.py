@@ -105,7 +105,9 @@ class StoreStream:
                 index = self.holder.index(places, picks)
             case RowsOnDevice():
                 index = picks
-        class_ids = None if self._class_ids is None else self._class_ids[picks]
+        class_ids = None
+        if self._class_ids is not None:
+            class_ids = self._class_ids.take(picks).astype(np.int64)
         return Plan(places, picks, rows, index, class_ids)
 
     def read(
@@ -166,10 +168,11 @@ class StoreStream:
         return rows
 
     def _all_class_ids(self) -> np.ndarray:
-        """(chosen rows,) int64."""
+        """(chosen rows,) of the smallest dtype, so that they stay in a cache."""
+        dtype = np.min_scalar_type(-1 - max(0, self.largest_class_id))
         if self.largest_class_id < 0:
-            return np.full(len(self.store) if self.chosen is None else len(self.chosen), -1)
-        class_ids = self.store.read_column("class_id").astype(np.int64)
+            return np.full(len(self.store) if self.chosen is None else len(self.chosen), -1, dtype)
+        class_ids = self.store.read_column("class_id").astype(dtype)
         return class_ids if self.chosen is None else class_ids[self.chosen]
 
 
