@@ -76,7 +76,8 @@ STORES: dict[str, Writer] = {
     backend: partial(write_store, backend=backend) for backend in ("zarr", "arrow")
 }
 RAM = Reading(preload="ram")
-IN_PLACE, WINDOW = Reading(preload="none"), Reading(shuffle="window", preload="none")
+IN_PLACE = Reading(preload="none")
+WINDOW = Reading(shuffle="window", window_chunks=64, preload="none")
 LIMITS = [
     Way(f"{name}, {dtype_name(narrow)}", "raw", partial(read, narrow=narrow), "-", narrow=narrow)
     for name, read in (("native gather in C", native_gather), ("np.take", numpy_take))
