@@ -40,7 +40,8 @@ class ArrayColumnReader:
     def read(self, chunks: list[int], outs: list[np.ndarray]) -> None:
         """Fills outs[i], (rows, ...), with chunk number chunks[i].
 
-        Raises ValueError, naming file and rows, for a chunk that is not what was written.
+        Raises ValueError, naming file and rows, for a chunk that is not what was written,
+        FileNotFoundError when the shard was rewritten meanwhile.
         """
         mapped = getattr(self.chunks, "mapped", None)
         if mapped is not None:
@@ -51,7 +52,11 @@ class ArrayColumnReader:
             return
         places = [self.chunks.byte_range(chunk) for chunk in chunks]
         ranges = [place for place in places if place]  # of zeros only: not on disk
-        contents = iter(self.files.read_ranges(self.chunks.name, ranges) if ranges else [])
+        try:
+            contents = iter(self.files.read_ranges(self.chunks.name, ranges) if ranges else [])
+        except FileNotFoundError:
+            gone = f"{self.files.url}/{self.chunks.name} is gone"
+            raise FileNotFoundError(f"{gone}: the store was rewritten; open it again") from None
         for chunk, place, out in zip(chunks, places, outs, strict=True):
             self._decode(chunk, place, next(contents) if place else None, out)
 

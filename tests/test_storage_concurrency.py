@@ -1,6 +1,7 @@
 """Many processes on one store at once: writers, readers, drops and seals."""
 
 import multiprocessing
+import shutil
 from itertools import count
 
 import numpy as np
@@ -159,3 +160,15 @@ def test_opening_while_shards_are_rewritten(path):
     )
     assert verify_store(path) == []
     assert len(check_rows(TokenStore(path))) == 6 * ROWS - 6
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_reader_of_a_shard_that_was_rewritten_is_told(tmp_path, touched):
+    create_store(tmp_path, make_meta("zarr"))
+    write_shards(tmp_path, [0])
+    store = TokenStore(tmp_path)
+    if touched:
+        store.read_codes([0])
+    shutil.rmtree(tmp_path / "shards" / "000")
+    with pytest.raises(FileNotFoundError, match="open it again"):
+        store.read_codes([0])
