@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from store_factory import make_store
-from test_train_resume import SMALL, run_to_end
+from test_train_resume import SMALL, refused, run_to_end
+
+from train_stage.train import main as train_main
 
 STEPS = 12
 
@@ -79,3 +81,33 @@ def test_scale_lr_scales(store, tmp_path):
     lines = train(store, tmp_path / "run", "optimizer.params.scale_lr=true")
     peak = max(line["learning_rate"] for line in lines)
     assert peak == pytest.approx(3e-3 * 16 / 256)
+
+
+def test_a_mixture_from_a_file_stopped_and_resumed(store, tmp_path):
+    """Two stores with shares and a filter; a run in two parts equals one in one."""
+    other = make_store(tmp_path / "other", rows=100, backend="zarr")
+    (tmp_path / "mixture.yaml").write_text(
+        f"dataset:\n  mixture:\n    - {{store: {store}, weight: 3, filter: class_id < 5}}\n"
+        f"    - {{store: {other}, weight: 1}}\n"
+    )
+    argv = [f"config={tmp_path}/mixture.yaml", *SMALL, "lr_scheduler.scheduler=constant"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_to_end([*argv, f"experiment.output_dir={whole}"]) == 0
+    for steps in (STEPS // 2, STEPS):
+        options = [f"experiment.output_dir={parts}", f"training.max_train_steps={steps}"]
+        assert run_to_end([*argv, *options]) == 0
+    loader = json.loads((parts / f"checkpoint-{STEPS}" / "metadata.json").read_text())["loader"]
+    assert loader["shares"] == [0.75, 0.25] and loader["store 0: filter"] == "class_id < 5"
+    before, after = (load_file(run / "model" / "model.safetensors") for run in (whole, parts))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_store_or_a_mixture(store, tmp_path, capfd):
+    argv = [f"experiment.output_dir={tmp_path}", *SMALL]
+    assert "dataset.train_store is missing" in refused(argv, capfd)
+    both = [*argv, f"dataset.train_store={store}", f"dataset.mixture=[{{store: {store}}}]"]
+    with pytest.raises(SystemExit):
+        train_main(both)
+    assert "not both" in capfd.readouterr().err
+    strange = [*argv, f"dataset.train_store={store}", "dataset.filter=clas_id > 3"]
+    assert "there is class_id" in refused(strange, capfd)

@@ -6,6 +6,9 @@
 The order is a pure function of (seed, position): the same global batches, bit for bit, for any
 number of processes, and any step is reached at once. State: one number. There are no worker
 processes: a batch is one gather, planned for many batches at a time.
+
+position --mixture--> store and place --store_stream: order, views, filter--> row --rows_in_memory,
+rows_in_place or rows_in_window--> codes
 """
 
 from collections.abc import Iterator, Sequence
