@@ -35,6 +35,7 @@ from storage.shard import MANIFEST, ROWS, read_rows, read_skipped, split_folder
 from storage.tombstones import dropped_rows, read_tombstones
 from storage.writer import expected_shards
 
+REQUESTS = 16  # at the same time, where what is read lies far away
 Rows = Any  # integers, a slice, or a boolean mask over all rows
 ATTEMPTS = 3  # to open a store whose shards are being rewritten
 
@@ -107,38 +108,19 @@ class TokenStore:
         if out is None:
             out = np.empty((len(numbers), *spec.shape), spec.dtype)
         pieces = self.numbers.pieces(numbers)
+        threads = (os.cpu_count() or 1) if self.is_local else REQUESTS
+        runs = [pieces[part::threads] for part in range(min(threads, len(pieces)))]
         if len(pieces) < 4:
             self._read_pieces(column, pieces, out)
         else:
-            runs = np.array_split(np.arange(len(pieces)), os.cpu_count() or 1)
-            with ThreadPoolExecutor(len(runs)) as pool:
-                for done in [
-                    pool.submit(self._read_pieces, column, pieces[run[0] : run[-1] + 1], out)
-                    for run in runs
-                    if len(run)
-                ]:
+            with ThreadPoolExecutor(threads) as pool:
+                for done in [pool.submit(self._read_pieces, column, run, out) for run in runs]:
                     done.result()
         return out
 
     def chunk_bounds(self) -> np.ndarray:
         """(C + 1,) int64: chunk c holds rows bounds[c]..bounds[c+1] - 1; some may hold none."""
         return self.numbers.chunk_bounds
-
-    def read_chunks(self, chunks: list[int], outs: list[np.ndarray], column: str = "codes") -> None:
-        """Fills outs[i], (rows of the chunk, N), with chunk number chunks[i]."""
-        for shard, inner, places in self.numbers.chunks_by_shard(chunks):
-            reader, partial = self._column(shard, column), []
-            targets = [outs[place] for place in places]
-            for position, (chunk, target) in enumerate(zip(inner, targets, strict=True)):
-                if len(target) != reader.chunk_size(chunk):  # some of its rows are dropped
-                    spec = self.meta.arrays[column]
-                    targets[position] = np.empty(
-                        (reader.chunk_size(chunk), *spec.shape), spec.dtype
-                    )
-                    partial.append((position, chunk, target))
-            reader.read(inner, targets)
-            for position, chunk, target in partial:
-                target[:] = targets[position][self.numbers.kept_in_chunk(shard, chunk)]
 
     def rows_in_place(self, shard: int, chunks: np.ndarray, column: str = "codes") -> np.ndarray:
         """All rows on disk of shard number `shard`, (rows, N), as a view of the mapped file.

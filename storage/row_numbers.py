@@ -70,13 +70,6 @@ class RowNumbers:
             return None
         return np.delete(np.arange(self.disk_rows[shard]), dropped)
 
-    def kept_in_chunk(self, shard: int, chunk: int) -> np.ndarray:
-        """The kept places of one chunk of a shard, counted from the chunk's first."""
-        first, dropped = chunk * self.chunk_rows, self._dropped[shard]
-        size = min(self.chunk_rows, int(self.disk_rows[shard]) - first)
-        gone = np.empty(0, np.int64) if dropped is None else dropped - first
-        return np.delete(np.arange(size), gone[(gone >= 0) & (gone < size)])
-
     @cached_property
     def first_chunks(self) -> np.ndarray:
         """(S + 1,): number of the first chunk of every shard; the last is C."""
@@ -90,17 +83,6 @@ class RowNumbers:
         starts = self.starts[shard] + (chunk - self.first_chunks[shard]) * self.chunk_rows
         starts = np.append(starts, self.starts[-1])
         return starts - np.searchsorted(self.dropped, starts)
-
-    def chunks_by_shard(self, chunks: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
-        """Chunk numbers -> (shard, chunks counted inside it, their places in `chunks`)."""
-        found: dict[int, tuple[list[int], list[int]]] = {}
-        shards = np.searchsorted(self.first_chunks, chunks, side="right") - 1
-        inner = np.asarray(chunks) - self.first_chunks[shards]
-        for place, (shard, chunk) in enumerate(zip(shards.tolist(), inner.tolist(), strict=True)):
-            entry = found.setdefault(shard, ([], []))
-            entry[0].append(chunk)
-            entry[1].append(place)
-        return ((shard, *entry) for shard, entry in found.items())
 
     def by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, slice, np.ndarray]]:
         """Ascending numbers -> (shard, where they stand in `numbers`, numbers inside the shard)."""
