@@ -230,6 +230,11 @@ def test_stores_of_other_codes_are_not_mixed(tmp_path, arrow):
         TokenLoader([Source(arrow), Source(TokenStore(tmp_path / "third"))], 8)
 
 
+def test_a_mixture_is_not_kept_on_a_gpu(arrow):
+    with pytest.raises(ValueError, match="preload=ram"):
+        TokenLoader([Source(arrow), Source(arrow)], 8, reading=Reading(preload="gpu"))
+
+
 def test_zarr_without_preload_needs_windows(tmp_path):
     store = TokenStore(make_store(tmp_path, backend="zarr"))
     with pytest.raises(ValueError, match="muse-store convert"):

@@ -90,6 +90,8 @@ class TokenLoader:
         sources = [Source(stores, filter=filter)] if isinstance(stores, TokenStore) else stores
         reading = reading or Reading()
         check_alike([source.store for source in sources], reading.column)
+        if len(sources) > 1 and reading.preload == "gpu":
+            raise ValueError("preload=gpu takes one store, not a mixture: preload=ram or none do")
         self.global_batch_size, self.seed, self.narrow = global_batch_size, seed, narrow
         self.rank, self.world_size, self.share = rank, world_size, global_batch_size // world_size
         self.streams = [
