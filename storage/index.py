@@ -10,7 +10,6 @@ STORE/index-<16 hex>.parquet    one row a shard: INDEX_SCHEMA
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from storage.atomic import atomic_file, json_text, parse_json, read_json, write_json
 from storage.files import StoreFiles, open_files
 from storage.fingerprint import fingerprint
+from storage.progress import Progress, no_progress
 from storage.schema import TABLE_SCHEMA, StoreMismatch, read_meta
 from storage.shard import MANIFEST, current_folders, split_folder
 
@@ -124,7 +124,7 @@ def read_index(
     files: StoreFiles,
     folders: list[str],
     known: Index | None = None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+    progress: Progress = no_progress,
 ) -> Index:
     """The index of these shard folders, from their manifests where `known` does not have them.
 

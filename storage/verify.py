@@ -1,14 +1,13 @@
 """Reading every byte of a store and saying what is wrong with it, one sentence a problem."""
 
 import json
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from storage.atomic import json_text, parse_json
 from storage.fingerprint import file_sha256
 from storage.index import SEALED, TOMBSTONES, index_problems, is_index_file
+from storage.progress import Progress, no_progress
 from storage.schema import read_meta
 from storage.shard import MANIFEST, current_folders, shard_files, split_folder
 from storage.writer import EXPECTED, expected_shards
@@ -16,9 +15,7 @@ from storage.writer import EXPECTED, expected_shards
 REMEDY = "delete this shard folder and run muse-tokenize again, or restore it"
 
 
-def verify_store(
-    path: Path, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items
-) -> list[str]:
+def verify_store(path: Path, progress: Progress = no_progress) -> list[str]:
     """Everything that is wrong with a store, as sentences that name the file; [] when whole.
 
     progress: wraps the loop over shard folders (given their number).

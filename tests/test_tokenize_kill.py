@@ -137,10 +137,13 @@ def test_killed_at_random_instants_and_run_again_equals_uninterrupted(
     assert len(TokenStore(tmp_path / "whole")) == 5 * 10
 
     rng, finished = random.Random(0), []
-    for number in range(KILLS // 2):
+    for number in range(4 * KILLS):  # on a busy machine some fall before or after the work
+        fell_into_work = sum(0 < count < 5 for count in finished)
+        if number >= KILLS // 2 and fell_into_work >= KILLS // 8:
+            break
         store = tmp_path / str(number)
         child = forker.start([*argv, f"store.path={store}"])
-        time.sleep(duration_s * (number + rng.random()) / (KILLS // 2))
+        time.sleep(duration_s * (number % (KILLS // 2) + rng.random()) / (KILLS // 2))
         os.kill(child, signal.SIGKILL)
         status = forker.wait()
         assert status in (-9, 0)
@@ -150,7 +153,7 @@ def test_killed_at_random_instants_and_run_again_equals_uninterrupted(
         forker.start([*argv, f"store.path={store}"])
         assert forker.wait() == 0
         assert content(store) == whole, f"killed with {finished[-1]} shards finished"
-    assert any(0 < count < 5 for count in finished), finished  # some fell into the work
+    assert sum(0 < count < 5 for count in finished) >= KILLS // 8, finished  # fell into work
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -13,7 +13,7 @@ from storage.tombstones import drop
 from storage.writer import ShardWriter
 from train_stage.compiled import copy_rows, copy_rows_numpy, gather
 from train_stage.loader import Source, TokenLoader
-from train_stage.rows_in_memory import check_fits
+from train_stage.rows_in_memory import available_memory, check_fits, control_groups
 from train_stage.store_stream import Reading
 
 WINDOW = Reading(shuffle="window", window_chunks=2)
@@ -268,6 +268,15 @@ def test_too_large_for_memory_says_what_to_do():
     check_fits(10, None, "s")
     with pytest.raises(MemoryError, match="shuffle=window"):
         check_fits(10**12, 10**9, "s")
+    assert (available_memory() or 1) > 0
+
+
+def test_limits_of_all_control_groups_count(tmp_path):
+    (tmp_path / "cgroup").write_text("4:memory:/old\n0::/slurm/job_7/step_0\n")
+    root = "/sys/fs/cgroup"
+    folders = [str(folder) for folder in control_groups(tmp_path / "cgroup")]
+    assert folders == [f"{root}/slurm/job_7/step_0", f"{root}/slurm/job_7", f"{root}/slurm", root]
+    assert [str(folder) for folder in control_groups(tmp_path / "none")] == [root]
 
 
 def test_compiled_and_plain_gather_agree():

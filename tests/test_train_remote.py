@@ -111,7 +111,7 @@ def s3_endpoint():
 
 
 def test_from_a_bucket(path, s3_endpoint, monkeypatch):
-    """Sealed or not: a bucket can be listed, so new shards and tombstones are seen."""
+    """Sealed, as it was then; not sealed, by listing its shards."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": s3_endpoint})

@@ -74,12 +74,22 @@ def check_fits(size: int, available: int | None, what: object) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take: of the machine and of its control group."""
+    """Bytes that this process may take: free on the machine, allowed by its control groups."""
     found = []
     if Path("/proc/meminfo").is_file():
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        found.append(int(limit.read_text()))
+    for folder in control_groups(Path("/proc/self/cgroup")):
+        limit = folder / "memory.max"
+        if limit.is_file() and limit.read_text().strip().isdigit():  # else "max"
+            found.append(int(limit.read_text()))
     return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if found else None
+
+
+def control_groups(file: Path) -> list[Path]:
+    """The folders of a process's control group (version 2) and of those above it; Slurm's limit
+    stands in one of them. file: /proc/self/cgroup."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    group = Path("/sys/fs/cgroup", *names)
+    return [group, *(parent for parent in group.parents if "cgroup" in parent.parts)]

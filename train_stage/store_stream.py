@@ -208,6 +208,7 @@ def find_units(store: TokenStore, chosen: np.ndarray | None) -> np.ndarray:
 
 
 def no_rows_message(store: TokenStore, filter: str | None) -> str:
+    """Why there is nothing to train on."""
     if len(store):
         return f"{store.path}: none of its {len(store):,} rows passes the filter {filter!r}"
     return f"{store.path} has no rows; run muse-tokenize first"
