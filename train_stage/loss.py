@@ -13,14 +13,43 @@ IGNORE = -100
 BUCKETS = 10  # of the share of masked codes: (0, .1], (.1, .2], … (.9, 1]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over scored codes; logits (B, N, V), labels (B, N)."""
-    return F.cross_entropy(
+def token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy over scored codes: logits (B, N, V), labels (B, N).
+
+    With weight (B, N): sum(loss_i weight_i) / sum(weight_i) over all codes, where codes that are
+    not scored count 0 above and their weight below, as published.
+    """
+    reduction = "mean" if weight is None else "none"
+    losses = F.cross_entropy(
         logits.flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORE,
         label_smoothing=label_smoothing,
+        reduction=reduction,
     )
+    return losses if weight is None else (losses * weight.flatten()).sum() / weight.sum()
+
+
+def masked_loss(
+    model: Any,
+    hidden: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """token_loss of a model's hidden states (B, N, E), head and logits on scored codes only."""
+    scored = labels != IGNORE
+    logits = model.logits(hidden[scored])
+    total = weight.sum() if weight is not None else scored.sum()
+    losses = F.cross_entropy(
+        logits, labels[scored], label_smoothing=label_smoothing, reduction="none"
+    )
+    return (losses if weight is None else losses * weight[scored]).sum() / total
 
 
 def soft_target_cross_entropy(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:

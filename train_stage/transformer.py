@@ -13,14 +13,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from storage.pretrained import PretrainedModel
-from train_stage.layers import Norm, TransformerLayer
-from train_stage.loss import cross_entropy
-from train_stage.sampling import generate
+from train_stage.attention import mask_bias
+from train_stage.layers import LayerContext, NormStyle, TransformerLayer
+from train_stage.token_transformer import TokenTransformer
 
 PATCH_POSITIONS = 256  # rows of the position table with use_conv_in_out, whatever the config says
+Context = tuple[Tensor | None, tuple[LayerContext, ...]]  # bias of the text mask; each layer's
 
 
 @dataclass
@@ -95,7 +94,7 @@ class MaskGitTransformerConfig:
             )
 
 
-class MaskGitTransformer(PretrainedModel):
+class MaskGitTransformer(TokenTransformer):
     """See the module docstring; keywords: MaskGitTransformerConfig."""
 
     config_class = MaskGitTransformerConfig
@@ -104,35 +103,34 @@ class MaskGitTransformer(PretrainedModel):
         super().__init__(**fields)
         c: MaskGitTransformerConfig = self.config
         assert c.vocab_size is not None  # computed in the config's __post_init__
-        self.mask_token_id = c.vocab_size - 1
         self.output_size = c.codebook_size if c.use_codebook_size_for_output else c.vocab_size
-        self.gradient_checkpointing = False
-        norm = (c.norm_type, c.layer_norm_eps, c.use_bias)
-        self.embed = ConvEmbed(c) if c.use_conv_in_out else TokenEmbed(c)
+        style = NormStyle(c.norm_type, c.layer_norm_eps, c.use_bias)
+        self.embed = ConvEmbed(c, style) if c.use_conv_in_out else TokenEmbed(c)
         text_width = c.encoder_hidden_size
         if c.project_encoder_hidden_states:  # made even without cross-attention, as published
             self.encoder_proj = nn.Linear(c.encoder_hidden_size, c.hidden_size, bias=c.use_bias)
-            self.encoder_proj_layer_norm = Norm(c.hidden_size, *norm)
+            self.encoder_proj_layer_norm = style.norm(c.hidden_size)
             text_width = c.hidden_size
-        self.transformer_layers = nn.ModuleList(
+        self.transformer_layers: Any = nn.ModuleList(
             TransformerLayer(
                 c.hidden_size,
                 c.num_attention_heads,
                 c.intermediate_size,
-                *norm,
-                hidden_dropout=c.hidden_dropout,
-                attention_dropout=c.attention_dropout,
-                normformer=c.use_normformer,
-                text_width=text_width if c.add_cross_attention else None,
+                style,
+                c.use_bias,
+                c.hidden_dropout,
+                c.attention_dropout,
+                c.use_normformer,
+                text_width if c.add_cross_attention else None,
             )
             for _ in range(c.num_hidden_layers)
         )
         final = c.use_encoder_layernorm
-        self.encoder_layer_norm = Norm(c.hidden_size, *norm) if final else nn.Identity()
+        self.encoder_layer_norm = style.norm(c.hidden_size) if final else nn.Identity()
         if c.use_conv_in_out:
-            self.mlm_layer: nn.Module = ConvHead(c, self.output_size)
+            self.mlm_layer: Any = ConvHead(c, style, self.output_size)
         elif c.use_mlm_layer:
-            self.mlm_layer = DenseHead(c, self.output_size)
+            self.mlm_layer = DenseHead(c, style, self.output_size)
         else:
             self.to_logits = nn.Linear(c.hidden_size, self.output_size, bias=c.use_bias)
         self.apply(self._init_weights)
@@ -145,20 +143,27 @@ class MaskGitTransformer(PretrainedModel):
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
         cond_dropout_prob: float = 0.0,
+        loss_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, output_size); with labels (B, T), -100 = ignored: (logits, mean loss).
 
         input_ids (B, T) in [0, V); encoder_hidden_states (B, S, encoder_hidden_size);
         encoder_attention_mask (B, S), 1 = attend. cond_dropout_prob zeroes the text of that share
-        of samples, in training mode only, by the default generator.
+        of samples, in training mode only, by the default generator. loss_weight: see token_loss.
         """
         hidden = self.hidden_states(
             input_ids, encoder_hidden_states, encoder_attention_mask, cond_dropout_prob
         )
-        logits = self.logits(hidden)
-        if labels is None:
-            return logits
-        return logits, cross_entropy(logits, labels, label_smoothing)
+        return self.logits_and_loss(hidden, labels, label_smoothing, loss_weight)
+
+    def context(
+        self,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Context:
+        """What depends on the text alone: the mask's bias, keys and values for every layer."""
+        text, bias = self._text(encoder_hidden_states, encoder_attention_mask)
+        return bias, tuple(layer.context(text, None) for layer in self.transformer_layers)
 
     def hidden_states(
         self,
@@ -166,31 +171,40 @@ class MaskGitTransformer(PretrainedModel):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         cond_dropout_prob: float = 0.0,
+        context: Context | None = None,
     ) -> Tensor:
-        """What the head reads: (B, T, D), or (B, T / patch_size², D) with use_conv_in_out."""
-        text = self._text(encoder_hidden_states, cond_dropout_prob)
+        """What the head reads, (B, T, E); given a context, the text is not needed."""
         x = self.embed(input_ids)
-        for layer in self.transformer_layers:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, text, encoder_attention_mask, use_reentrant=False)
-            else:
-                x = layer(x, text, encoder_attention_mask)
-        return self.encoder_layer_norm(x)
+        if context is None:
+            text, bias = self._text(
+                encoder_hidden_states, encoder_attention_mask, cond_dropout_prob
+            )
+            for layer in self.transformer_layers:
+                x = self.run(layer, x, text, None, bias)
+        else:
+            for layer, known in zip(self.transformer_layers, context[1], strict=True):
+                x = self.run(layer, x, None, None, context[0], known)
+        x = self.encoder_layer_norm(x)  # (B, T, D), fewer positions if codes are in patches
+        return self.mlm_layer.ungroup(x) if self.config.use_conv_in_out else x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head: (..., D) -> (..., output_size)."""
-        return self.mlm_layer(hidden) if hasattr(self, "mlm_layer") else self.to_logits(hidden)
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.mlm_layer(hidden) if hasattr(self, "mlm_layer") else hidden
 
-    def generate(self, **arguments: Any) -> Tensor:
-        """Codes (B, N) by parallel decoding; takes what train_stage.sampling.generate takes."""
-        return generate(self, **arguments)
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        if self.config.use_conv_in_out:
+            return self.mlm_layer.conv2.weight.flatten(1), self.mlm_layer.conv2.bias
+        linear: nn.Linear = self.mlm_layer.to_logits if hasattr(self, "mlm_layer") else self.to_logits
+        return linear.weight, linear.bias
 
-    def config_dict(self) -> dict[str, Any]:
-        return dict(sorted((super().config_dict() | {"mask_token_id": self.mask_token_id}).items()))
+    def layers(self) -> list[nn.Module]:
+        return list(self.transformer_layers)
 
-    def _text(self, text: Tensor | None, dropout: float) -> Tensor | None:
+    def _text(
+        self, text: Tensor | None, mask: Tensor | None, dropout: float = 0.0
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Text states as the layers read them, and the bias of their mask."""
         if not self.config.add_cross_attention:
-            return None
+            return None, None
         if text is None:
             raise ValueError("add_cross_attention is set: give encoder_hidden_states (B, S, width)")
         if self.config.project_encoder_hidden_states:
@@ -198,7 +212,7 @@ class MaskGitTransformer(PretrainedModel):
         if self.training and dropout > 0.0:
             keep = torch.rand(len(text), 1, 1, device=text.device) < 1.0 - dropout
             text = text * keep
-        return text
+        return text, mask_bias(mask, text.dtype)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -226,12 +240,12 @@ class TokenEmbed(nn.Module):
 class ConvEmbed(nn.Module):
     """Codes embedded on their square grid, grouped into patches, projected by a 1x1 convolution."""
 
-    def __init__(self, c: MaskGitTransformerConfig):
+    def __init__(self, c: MaskGitTransformerConfig, style: NormStyle):
         super().__init__()
         width = c.embedding_size or c.hidden_size
         self.patch_size = c.patch_size
         self.embeddings = nn.Embedding(c.vocab_size, width)  # type: ignore[arg-type]
-        self.layer_norm = Norm(width, c.norm_type, c.layer_norm_eps, c.use_bias)
+        self.layer_norm = style.norm(width)
         self.conv = nn.Conv2d(width * c.patch_size**2, c.hidden_size, 1, bias=c.use_bias)
         self.position_embeddings = nn.Embedding(PATCH_POSITIONS, c.hidden_size)
 
@@ -244,37 +258,37 @@ class ConvEmbed(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """Linear, GELU, norm, linear to the logits."""
+    """Linear, GELU and norm, then (see output_layer) linear to the logits."""
 
-    def __init__(self, c: MaskGitTransformerConfig, output_size: int):
+    def __init__(self, c: MaskGitTransformerConfig, style: NormStyle, output_size: int):
         super().__init__()
         self.mlm_dense = nn.Linear(c.hidden_size, c.hidden_size, bias=c.use_bias)
-        norm = Norm(c.hidden_size, c.norm_type, c.layer_norm_eps, c.use_bias)
-        self.mlm_ln = norm if c.use_mlm_layernorm else nn.Identity()
+        self.mlm_ln = style.norm(c.hidden_size) if c.use_mlm_layernorm else nn.Identity()
         self.to_logits = nn.Linear(c.hidden_size, output_size, bias=c.use_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.to_logits(self.mlm_ln(F.gelu(self.mlm_dense(hidden))))
+        return self.mlm_ln(F.gelu(self.mlm_dense(hidden)))
 
 
 class ConvHead(nn.Module):
-    """The way back from patches to one vector of logits a code."""
+    """From patches back to codes (ungroup), norm, then (see output_layer) a 1x1 convolution."""
 
-    def __init__(self, c: MaskGitTransformerConfig, output_size: int):
+    def __init__(self, c: MaskGitTransformerConfig, style: NormStyle, output_size: int):
         super().__init__()
         width = c.embedding_size or c.hidden_size
         self.patch_size = c.patch_size
         self.conv1 = nn.Conv2d(c.hidden_size, width * c.patch_size**2, 1, bias=c.use_bias)
-        norm = Norm(width, c.norm_type, c.layer_norm_eps, c.use_bias)
-        self.layer_norm = nn.ModuleDict({"norm": norm})
+        self.layer_norm = nn.ModuleDict({"norm": style.norm(width)})
         self.conv2 = nn.Conv2d(width, output_size, 1, bias=c.use_bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def ungroup(self, hidden: Tensor) -> Tensor:
+        """(B, N / patch², D) -> (B, N, E)."""
         side = math.isqrt(hidden.shape[1])
         x = self.conv1(hidden.transpose(1, 2).unflatten(-1, (side, side)))
-        x = F.pixel_shuffle(x, self.patch_size)  # (B, E, h, w)
-        x = self.layer_norm["norm"](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.conv2(x).flatten(2).transpose(1, 2)  # (B, N, output_size)
+        return F.pixel_shuffle(x, self.patch_size).flatten(2).transpose(1, 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer_norm["norm"](hidden)
 
 
 def _round_up(value: int, multiple: int) -> int:
