@@ -8,32 +8,81 @@ import random
 
 import torch
 
+from tokenize_stage.vq.amused_vq import config_from_amused, state_from_amused
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
-from train_stage import loss, masking, sampling
+from tokenize_stage.vq.model import VQModel
+from tokenize_stage.vq.movq import MOVQ
+from tokenize_stage.vq.paella_vq import PaellaVQModel
+from tokenize_stage.vq.vqgan import VQGANModel
+from train_stage import loss, masking, parallel_decoding, sampling
 from train_stage.ema import EMA
 from train_stage.mask_schedule import get_mask_schedule
 from train_stage.optimizer import Lion, lr_factor
+from train_stage.parallel_decoding import hidden_counts, step_temperatures, uniform_noise
 from train_stage.transformer import MaskGitTransformer
+from train_stage.uvit import MaskGiTUViT, sinusoidal_encode
 
-MODELS = {"MaskGitVQGAN": MaskGitVQGAN, "MaskGitTransformer": MaskGitTransformer}
 VQ_METHODS = {"encode": "encode_latents", "decode": "decode_latents"}
 
 
 def build(name, config):
     if name not in MODELS:
         raise NotImplementedError(name)
-    return MODELS[name].from_config(config)
+    return MODELS[name](config)
 
 
 def call(obj, method, args, kwargs):
-    if isinstance(obj, MaskGitVQGAN):
-        method = VQ_METHODS.get(method, method)
+    if isinstance(obj, VQModel):
+        return call_vq(obj, VQ_METHODS.get(method, method), args, kwargs)
     if method == "generate":
         kwargs = {k: v for k, v in kwargs.items() if k not in ("input_ids", "use_tqdm")}
         return sampling.generate_by_score(obj, *args, **kwargs)
     if method == "generate2":
-        return sampling.generate(obj, *args, temperature_decay="cumulative", **kwargs)
+        return generate2(obj, *args, **kwargs)
     return obj(*args, **kwargs) if method == "__call__" else getattr(obj, method)(*args, **kwargs)
+
+
+def call_vq(vq, method, args, kwargs):
+    got = vq(*args, **kwargs) if method == "__call__" else getattr(vq, method)(*args, **kwargs)
+    is_short = isinstance(vq, PaellaVQModel) and method == "encode_latents"
+    return (*got, None) if is_short else got  # the reference has a place for a loss there
+
+
+class DiffusersVQ(torch.nn.Module):
+    """A VQGANModel, `vq`, that answers as diffusers' VQModel does."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vq = VQGANModel.from_config(config_from_amused(config))
+
+    def load_state_dict(self, state):
+        self.vq.load_state_dict(state_from_amused(state))
+
+    def encoder(self, pixels):
+        return self.vq.encoder(pixels)
+
+    def encode(self, pixels, return_dict):
+        return [self.vq.latents(pixels)]
+
+    def decode(self, latents, force_not_quantize=False, shape=None, return_dict=False):
+        if force_not_quantize:  # these are codes
+            return [self.vq.decode(latents.view(shape[:-1])), torch.zeros(len(latents))]
+        quantized, _, loss = self.vq.quantize(latents, return_loss=True)
+        return [self.vq.decode_latents(quantized), loss]
+
+    def forward(self, pixels, return_dict):
+        return self.decode(*self.encode(pixels, return_dict))
+
+
+MODELS = {
+    "MaskGitVQGAN": MaskGitVQGAN.from_config,
+    "VQGANModel": VQGANModel.from_config,
+    "MOVQ": MOVQ.from_config,
+    "PaellaVQModel": PaellaVQModel.from_config,
+    "diffusers.VQModel": DiffusersVQ,
+    "MaskGitTransformer": MaskGitTransformer.from_config,
+    "MaskGiTUViT": MaskGiTUViT.from_config,
+}
 
 
 def pipeline(name, parts):
@@ -95,14 +144,75 @@ def loss_weight(ratio, mask, min_val=0.3):
     return masking.predict_all_weights(masking.MaskDraw(mask.bool(), ratio), min_val)
 
 
+# sampling: what the reference and diffusers call the parts of train_stage/parallel_decoding.py
+
+
+def generate2(model, empty_embeds=None, empty_cond_embeds=None, guidance_schedule=None, **given):
+    if isinstance(model, MaskGitTransformer):
+        given |= {"temperature_decay": "cumulative"}
+    else:  # the older names of the same thing
+        if given.get("negative_embeds") is None:
+            given["negative_embeds"] = empty_embeds
+        if given.get("negative_cond_embeds") is None:
+            given["negative_cond_embeds"] = empty_cond_embeds
+    if guidance_schedule == "cosine":
+        guidance_schedule = "cosine_floor"
+    return sampling.generate(model, guidance_schedule=guidance_schedule, **given)
+
+
+def gumbel_noise(t, generator=None):
+    return parallel_decoding.gumbel(uniform_noise(t.shape, t.device, generator))
+
+
+def mask_by_random_topk(mask_len, probs, temperature=1.0, generator=None):
+    noise = temperature * gumbel_noise(probs, generator)
+    return parallel_decoding.least_confident(mask_len.long(), probs, noise)
+
+
+def amused_schedule(config):
+    return get_mask_schedule(config.get("masking_schedule", "cosine"))
+
+
+def amused_step(
+    config, steps, temperature, timestep, output, sample, generator, starting_mask_ratio=1.0
+):
+    logits, ids = output.flatten(2).transpose(1, 2), sample.flatten(1)
+    counts = hidden_counts(amused_schedule(config), steps, ids.shape[1], starting_mask_ratio)
+    temperatures = step_temperatures(temperature, steps, "linspace")
+    step, mask_id = steps - 1 - timestep, config["mask_token_id"]
+    left, draws = [], []
+    parallel_decoding.decode(
+        lambda input_ids, positions, step: parallel_decoding.take(logits, positions),
+        ids,
+        mask_id,
+        counts[: step + 2],  # the step itself and, unless it is the last, one more
+        temperatures,
+        step,
+        generator,
+        callback=lambda step, input_ids: left.append(input_ids),
+        draws=draws,
+    )
+    drawn = torch.where(ids == mask_id, draws[0], ids)
+    timesteps = torch.arange(steps - 1, -1, -1)
+    return [timesteps, torch.tensor(temperatures), *(x.view_as(sample) for x in (left[0], drawn))]
+
+
+def amused_add_noise(config, steps, timestep, sample, generator):
+    ratio = amused_schedule(config)(torch.tensor((steps - timestep) / steps))
+    return sampling.add_mask_noise(sample, float(ratio), config["mask_token_id"], generator)
+
+
 def functions():
     return {
         "get_mask_schedule": get_mask_schedule,
         "mask_schedule": mask_schedule,
-        "gumbel_noise": sampling.gumbel_noise,
+        "gumbel_noise": gumbel_noise,
         "gumbel_sample": sampling.gumbel_sample,
         "top_k": sampling.top_k,
-        "mask_by_random_topk": sampling.mask_by_random_topk,
+        "mask_by_random_topk": mask_by_random_topk,
+        "amused_step": amused_step,
+        "amused_add_noise": amused_add_noise,
+        "sinusoidal_encode": sinusoidal_encode,
         "lr_curve": lr_curve,
         "ema_run": ema_run,
         "lion_run": lion_run,

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenize_stage.vq.blocks import GROUPS, ResBranch, group_norm
 from tokenize_stage.vq.model import VQModel
 from tokenize_stage.vq.quantizer import VectorQuantizer
-
-GROUPS = 32  # of every GroupNorm
 
 
 @dataclass
@@ -54,30 +53,20 @@ class MaskGitVQGANConfig:
             raise ValueError(f"hidden_channels {self.hidden_channels} is no multiple of {GROUPS}")
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a shortcut.
+class ResBlock(ResBranch):
+    """The residual branch, without biases, beside a shortcut.
 
     A quirk of the published weights that is kept: where the number of channels changes, the
     shortcut's 1x1 convolution reads the result of conv2, so the block's input is not used.
     """
 
     def __init__(self, channels_in: int, channels_out: int, dropout: float):
-        super().__init__()
-        self.norm1 = group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        self.norm2 = group_norm(channels_out)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        super().__init__(channels_in, channels_out, dropout, bias=False)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_out, channels_out, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, h, w)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.branch(x)  # (B, C_out, h, w)
         return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
 
 

@@ -43,6 +43,11 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
 
+    @property
+    def vectors(self) -> torch.Tensor:
+        """The codebook, (K, D)."""
+        return self.embedding.weight
+
     def forward(
         self, latents: torch.Tensor, return_loss: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,8 +55,8 @@ class VectorQuantizer(nn.Module):
 
         With the loss, gradients of the quantized values pass straight through to `latents`.
         """
-        codes = nearest_codes(as_vectors(latents), self.embedding.weight).view(len(latents), -1)
-        quantized = self.lookup(codes, (latents.shape[2], latents.shape[3]))
+        codes = nearest_codes(as_vectors(latents), self.vectors).view(len(latents), -1)
+        quantized = self.lookup(codes, (latents.shape[2], latents.shape[3])).contiguous()
         if not return_loss:
             return quantized.to(latents.dtype), codes
         loss = self.loss(latents.float(), quantized.float())
@@ -67,9 +72,12 @@ class VectorQuantizer(nn.Module):
         return commitment + self.commitment_cost * codebook
 
     def lookup(self, codes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Codes (B, N) of a grid (h, w) -> their vectors (B, D, h, w)."""
-        vectors = self.embedding(codes)  # (B, N, D)
-        return vectors.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+        """Codes (B, N) of a grid (h, w) -> their vectors (B, D, h, w), in memory channels last.
+
+        A decoder keeps that order, in which convolutions are faster on a CPU.
+        """
+        vectors = F.embedding(codes, self.vectors)  # (B, N, D)
+        return vectors.unflatten(1, grid).permute(0, 3, 1, 2)
 
     def soft_codes(
         self,
@@ -82,8 +90,9 @@ class VectorQuantizer(nn.Module):
 
         The codes are the nearest ones, or, if `stochastic`, drawn from that softmax.
         """
-        vectors, codebook = as_vectors(latents).float(), self.embedding.weight.float()
-        distances = torch.addmm(codebook.square().sum(dim=1), vectors, codebook.T, alpha=-2)
+        vectors, codebook = as_vectors(latents).float(), self.vectors.float()
+        with torch.autocast(latents.device.type, enabled=False):
+            distances = torch.addmm(codebook.square().sum(dim=1), vectors, codebook.T, alpha=-2)
         soft = torch.softmax(-distances / temperature, dim=1)  # (M, K)
         if stochastic:
             codes = torch.multinomial(soft, 1, generator=generator)
