@@ -4,6 +4,8 @@ Says, for every model and function of the recordings, which of ours answers. Use
 tests/test_parity.py, and by any checker that speaks the same protocol (build, call, functions).
 """
 
+import functools
+import math
 import random
 
 import torch
@@ -14,11 +16,12 @@ from tokenize_stage.vq.model import VQModel
 from tokenize_stage.vq.movq import MOVQ
 from tokenize_stage.vq.paella_vq import PaellaVQModel
 from tokenize_stage.vq.vqgan import VQGANModel
-from train_stage import loss, masking, parallel_decoding, sampling
+from train_stage import amused, loss, masking, parallel_decoding, sampling
 from train_stage.ema import EMA
 from train_stage.mask_schedule import get_mask_schedule
 from train_stage.optimizer import Lion, lr_factor
 from train_stage.parallel_decoding import hidden_counts, step_temperatures, uniform_noise
+from train_stage.pipeline import MusePipeline
 from train_stage.transformer import MaskGitTransformer
 from train_stage.uvit import MaskGiTUViT, sinusoidal_encode
 
@@ -74,6 +77,22 @@ class DiffusersVQ(torch.nn.Module):
         return self.decode(*self.encode(pixels, return_dict))
 
 
+class DiffusersUVit(torch.nn.Module):
+    """A MaskGiTUViT, `uvit`, that answers as diffusers' UVit2DModel does."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.uvit = MaskGiTUViT.from_config(amused.config_from_amused(config))
+
+    def load_state_dict(self, state):
+        self.uvit.load_state_dict(amused.state_from_amused(state))
+
+    def forward(self, input_ids, text, pooled, micro_conds):
+        grid = tuple(input_ids.shape[1:])
+        logits = self.uvit(input_ids.flatten(1), text, pooled, micro_conds, grid=grid)
+        return logits.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
 MODELS = {
     "MaskGitVQGAN": MaskGitVQGAN.from_config,
     "VQGANModel": VQGANModel.from_config,
@@ -82,11 +101,47 @@ MODELS = {
     "diffusers.VQModel": DiffusersVQ,
     "MaskGitTransformer": MaskGitTransformer.from_config,
     "MaskGiTUViT": MaskGiTUViT.from_config,
+    "diffusers.UVit2DModel": DiffusersUVit,
 }
 
 
 def pipeline(name, parts):
-    raise NotImplementedError(name)
+    if name == "PipelineMuse":
+        return functools.partial(call_muse, MusePipeline(parts["vae"], parts["transformer"]))
+    ours = MusePipeline(parts["vqvae"].vq, parts["transformer"].uvit)
+    return functools.partial(call_amused, ours)
+
+
+def call_muse(pipe, timesteps=16, transformer_seq_len=None, orig_size=(512, 512), **given):
+    """openMUSE's PipelineMuse, whose `text` only counts the prompts when embeddings are given."""
+    for name in ("text", "negative_text", "use_tqdm"):
+        given.pop(name, None)
+    names = ("prompt_embeds", "pooled_embeds")
+    condition, negative = (
+        tuple(given.pop(f"{half}{name}") for name in names) for half in ("", "negative_")
+    )
+    side = math.isqrt(transformer_seq_len or 256) * pipe.vae.reduction
+    if given.get("guidance_schedule") == "cosine":
+        given["guidance_schedule"] = "cosine_floor"
+    size = {"height": side, "width": side, "orig_size": orig_size}
+    texts = {"prompt_embeds": condition, "negative_embeds": negative}
+    return pipe(**texts, **size, num_inference_steps=timesteps, **given)
+
+
+def call_amused(pipe, output_type, num_images_per_prompt=1, return_dict=False, **given):
+    """diffusers' AmusedPipeline, which repeats the prompts as a whole, not each of them."""
+    names = ("encoder_hidden_states", "prompt_embeds")
+    texts = {}
+    for half, ours in (("", "prompt_embeds"), ("negative_", "negative_embeds")):
+        found = [given.pop(f"{half}{name}", None) for name in names]
+        if found[0] is not None:
+            texts[ours] = tuple(torch.cat([x] * num_images_per_prompt) for x in found)
+    for ours in ("crop_coords", "aesthetic_score"):
+        theirs = f"micro_conditioning_{ours.removesuffix('s')}"
+        if theirs in given:
+            given[ours] = given.pop(theirs)
+    kind = "codes" if output_type == "latent" else output_type
+    return [pipe(**texts, output_type=kind, **given)]
 
 
 def mask_schedule(name, t, **params):

@@ -13,7 +13,10 @@ from tokenize_stage.vq import VQModel
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from train_stage.pictures import (
     decode_codes,
+    decode_pixels,
     encode_pictures,
+    fit_mask,
+    fit_picture,
     load_vq,
     read_pictures,
     save_grid,
@@ -56,6 +59,15 @@ def test_decoded_pictures_are_clipped_scaled_and_truncated(vq: VQModel) -> None:
     assert decoded.dtype == torch.uint8 and decoded.shape == (5, 3, 16, 16)
     assert (decoded.int() - expected.int()).abs().max() <= 1  # batch size moves the last float bit
     assert (decoded == expected).float().mean() > 0.999
+
+
+def test_codes_of_any_grid_are_decoded_in_8_bits_or_as_they_are(vq: VQModel) -> None:
+    codes = torch.randint(32, (3, 4, 6), generator=torch.Generator().manual_seed(1))
+    pixels = decode_pixels(vq, codes, batch_size=2)
+    assert pixels.shape == (3, 3, 8, 12) and (pixels.min(), pixels.max()) == (0, 1)
+    with torch.inference_mode():
+        assert torch.allclose(pixels, vq.decode(codes).clamp(0, 1), atol=1e-3)
+    assert torch.equal(decode_codes(vq, codes, batch_size=2), (pixels * 255).byte())
 
 
 def test_codes_outside_the_codebook_are_refused(vq: VQModel) -> None:
@@ -125,6 +137,38 @@ def test_pictures_are_decoded_as_they_were_for_the_codes(tmp_path, mode) -> None
         assert np.array_equal(read.numpy(), expected)
 
 
+def test_a_picture_is_fitted_as_tokenizing_does(tmp_path) -> None:
+    smooth = Image.radial_gradient("L").resize((90, 64))
+    photo = Image.merge("RGB", [smooth, smooth.rotate(180), smooth.point(lambda gray: 255 - gray)])
+    photo.save(tmp_path / "photo.png")
+    expected = decode_image((tmp_path / "photo.png").read_bytes(), 16).pixels.astype(int)
+    for given in (photo, tmp_path / "photo.png"):
+        fitted = fit_picture(given, 16, 16)
+        assert fitted.dtype == torch.uint8 and np.abs(fitted.numpy() - expected).max() <= 3
+    assert torch.equal(fit_picture(photo, 64, 90).permute(1, 2, 0), torch.tensor(np.array(photo)))
+    wide = fit_picture(photo, 8, 32)  # the middle 22 rows of 64
+    middle = photo.crop((0, 21, 90, 43)).resize((32, 8), Image.Resampling.BILINEAR)
+    assert np.abs(wide.permute(1, 2, 0).numpy() - np.array(middle).astype(int)).max() <= 8
+    sideways, exif = photo.rotate(90, expand=True), Image.Exif()
+    exif[0x0112] = 6
+    sideways.save(tmp_path / "sideways.png", exif=exif)
+    assert torch.equal(fit_picture(tmp_path / "sideways.png", 16, 16), fit_picture(photo, 16, 16))
+    gray = Image.fromarray(np.full((16, 16), 128 * 257, dtype=np.uint16))
+    assert fit_picture(gray, 16, 16).unique().tolist() == [128]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="broken.png is not a picture that can be read"):
+        fit_picture(tmp_path / "broken.png", 16, 16)
+
+
+def test_a_mask_hides_whatever_it_touches() -> None:
+    mask = Image.new("L", (64, 64), 40)  # below half: not hidden
+    mask.putpixel((5, 63), 200)
+    assert fit_mask(mask, 16, 16).nonzero().tolist() == [[15, 1]]
+    cutout = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    cutout.paste((0, 0, 0, 0), (0, 0, 4, 4))  # what is transparent is hidden, too
+    assert fit_mask(cutout, 16, 16).nonzero().tolist() == [[0, 0]]
+
+
 def test_what_cannot_be_read_is_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no pictures"):
         read_pictures(tmp_path)
@@ -149,5 +193,9 @@ def test_a_grid_has_every_picture_in_its_place(tmp_path) -> None:
     assert sheet.getpixel((2 + 2 * 66 + 5, 2 + 66 + 5)) == (255, 255, 255)  # no sixth picture
     save_grid(pictures, tmp_path / "labelled.png", 3, ["first", "a longer label"])
     assert Image.open(tmp_path / "labelled.png").width > sheet.width + 40
+    save_grid(pictures, tmp_path / "wrapped.png", 3, ["a prompt of many words " * 30, "x"])
+    wrapped = Image.open(tmp_path / "wrapped.png")  # the text stays within its row
+    assert wrapped.height == sheet.height and wrapped.width < sheet.width + 300
+    assert np.array(wrapped.crop((0, 68, wrapped.width - sheet.width, 80))).min() == 255
     with pytest.raises(ValueError, match="1 labels for 2 rows"):
         save_grid(pictures, tmp_path / "grid.png", 3, ["one"])

@@ -2,9 +2,10 @@
 
 The only file of stage two that knows pixels. Training never comes here; generation, evaluation
 and the grids drawn during training do. Pictures are uint8 RGB (N, 3, H, W) on the CPU.
-B batch, N pictures or codes an image, R pixels a side.
+B batch, N pictures or codes an image, h x w grid of codes, R pixels a side.
 """
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,15 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from storage.pretrained import model_fingerprint
 from storage.schema import StoreMismatch, Tokenizer
-from tokenize_stage.pixels import BadImage, Picture, decode_image
+from tokenize_stage.pixels import BadImage, Picture, _load, _to_rgb, _upright, decode_image
 from tokenize_stage.vq import VQModel, load_vq_model
+from tokenize_stage.vq import amused_vq as amused_vq  # these three for train_stage/convert.py
+from tokenize_stage.vq import maskgit_jax as maskgit_jax
+from tokenize_stage.vq import taming as taming
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+WRAP = 24  # letters of a grid's label in a line
 Item = tuple[str, bytes, int]  # name for messages, undecoded bytes, class id
 
 
@@ -41,10 +46,21 @@ def check_tokenizer(vq: VQModel, tokenizer: Tokenizer) -> None:
 
 @torch.inference_mode()
 def decode_codes(vq: VQModel, codes: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """Codes (B, N) in [0, K) -> pictures (B, 3, H, W) uint8: clipped, times 255, truncated.
+    """Codes (B, N) or (B, h, w) in [0, K) -> pictures (B, 3, H, W) uint8: times 255, truncated.
 
     Raises ValueError for codes outside the codebook (a mask id, or codes of another tokenizer).
     """
+    return torch.cat([pixels.mul(255).byte().cpu() for pixels in _decoded(vq, codes, batch_size)])
+
+
+@torch.inference_mode()
+def decode_pixels(vq: VQModel, codes: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """The same as pixels (B, 3, H, W) float32, clipped to [0, 1], not yet in 8 bits."""
+    return torch.cat([pixels.cpu() for pixels in _decoded(vq, codes, batch_size)])
+
+
+def _decoded(vq: VQModel, codes: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+    """Pixels (B, 3, H, W) in [0, 1] on the model's device, batch by batch."""
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= vq.codebook_size:
         raise ValueError(
@@ -52,9 +68,8 @@ def decode_codes(vq: VQModel, codes: torch.Tensor, batch_size: int = 64) -> torc
             "decode with the tokenizer that made the store"
         )
     device = next(vq.parameters()).device
-    batches = [vq.decode(part.to(device).long()) for part in codes.split(batch_size)]
-    pixels = torch.cat([batch.float().clamp(0, 1).mul(255).byte().cpu() for batch in batches])
-    return pixels  # (B, 3, H, W)
+    for part in codes.split(batch_size):
+        yield vq.decode(part.to(device).long()).float().clamp(0, 1)
 
 
 @torch.inference_mode()
@@ -65,12 +80,48 @@ def encode_pictures(vq: VQModel, pictures: torch.Tensor, batch_size: int = 64) -
     return torch.cat([vq.encode(pixels).cpu() for pixels in batches])  # (B, N)
 
 
+def fit_picture(picture: Image.Image | str | Path, height: int, width: int) -> torch.Tensor:
+    """A picture of any mode, or its file -> (3, height, width) uint8, read as muse-tokenize does.
+
+    Resized until it covers that size, the overhang cropped on both sides. Raises ValueError for
+    what is no picture.
+    """
+    fitted = ImageOps.fit(open_picture(picture), (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+
+def fit_mask(mask: Image.Image | str | Path, height: int, width: int) -> torch.Tensor:
+    """A mask, white or transparent where it masks -> (height, width) bool, cut as fit_picture.
+
+    A pixel is masked if any part of what it shows is.
+    """
+    white = open_picture(mask).convert("L").point(lambda gray: 255 * (gray >= 128))
+    return (
+        torch.from_numpy(np.array(ImageOps.fit(white, (width, height), Image.Resampling.BOX))) > 0
+    )
+
+
+def open_picture(picture: Image.Image | str | Path) -> Image.Image:
+    """A picture or its file as upright RGB, what is transparent over white."""
+    try:
+        if isinstance(picture, str | Path):
+            picture = _load(Path(picture).read_bytes())
+        return _to_rgb(_upright(picture))
+    except (BadImage, UnidentifiedImageError) as error:
+        raise ValueError(f"{picture} is not a picture that can be read: {error}") from None
+
+
+def to_images(pictures: torch.Tensor) -> list[Image.Image]:
+    """Pictures (N, 3, H, W) uint8 as Pillow's images."""
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+
+
 def save_pictures(pictures: torch.Tensor, folder: Path, names: Sequence[str]) -> None:
     """Writes one PNG for each of `names`, paths within `folder` such as `3/0017.png`."""
-    for picture, name in zip(pictures, names, strict=True):
+    for image, name in zip(to_images(pictures), names, strict=True):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+        image.save(path)
 
 
 def save_grid(
@@ -78,7 +129,8 @@ def save_grid(
 ) -> None:
     """Writes pictures (N, 3, H, W) uint8 as one PNG, row by row, `columns` a row, on white.
 
-    Pictures below 64 pixels are enlarged by whole numbers. labels: one for each row, at its left.
+    Pictures below 64 pixels are enlarged by whole numbers. labels: one for each row, at its left,
+    long ones wrapped, and cut where the row ends.
     """
     count, _, height, width = pictures.shape
     rows = -(-count // columns)
@@ -86,19 +138,22 @@ def save_grid(
         raise ValueError(f"{len(labels)} labels for {rows} rows of {columns} pictures")
     scale, gap = max(1, 64 // width), 2
     height, width = height * scale, width * scale
-    font = ImageFont.load_default(size=max(10, height // 5))
-    margin = max((int(font.getlength(label)) + 12 for label in labels or []), default=0)
-    size = (margin + columns * (width + gap) + gap, rows * (height + gap) + gap)
-    sheet = Image.new("RGB", size, "white")
-    for index, picture in enumerate(pictures):
+    size = max(10, height // (5 if all(len(x) <= WRAP for x in labels or []) else 12))
+    font, lines = ImageFont.load_default(size=size), max(1, int(height / (size * 1.3)))
+    texts = [textwrap.wrap(x, WRAP, max_lines=lines, placeholder=" …") for x in labels or []]
+    widths = [int(font.getlength(line)) for text in texts for line in text]
+    margin = max(widths) + 12 if widths else 0
+    whole = (margin + columns * (width + gap) + gap, rows * (height + gap) + gap)
+    sheet = Image.new("RGB", whole, "white")
+    for index, image in enumerate(to_images(pictures)):
         row, column = divmod(index, columns)
-        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         image = image.resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(image, (margin + gap + column * (width + gap), gap + row * (height + gap)))
     draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(labels or []):
+    for row, text in enumerate(texts):
         middle = gap + row * (height + gap) + height // 2
-        draw.text((margin - 6, middle), label, fill="black", font=font, anchor="rm")
+        words = "\n".join(text)
+        draw.text((margin - 6, middle), words, "black", font, anchor="rm", align="right")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

@@ -1,0 +1,147 @@
+"""Prompts -> text states, by a frozen encoder of `transformers`: CLIP or T5.
+
+What conditions steps 7 and 8 on words. `pip install 'open-muse[text]'` brings transformers.
+B prompts, S positions (as many as the encoder has, always), W width, C width of the pooled vector.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from storage.pretrained import find_model, read_config
+
+ENCODERS = {  # architectures of a config.json: the class of transformers that is its text encoder
+    "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
+    "CLIPModel": "CLIPTextModelWithProjection",
+    "CLIPTextModel": "CLIPTextModel",
+    "T5EncoderModel": "T5EncoderModel",
+    "T5ForConditionalGeneration": "T5EncoderModel",
+    "T5WithLMHeadModel": "T5EncoderModel",
+}
+T5_POSITIONS = 512  # T5's positions are relative; it was trained with so many
+
+
+class TextStates(NamedTuple):
+    """What an encoder makes of prompts."""
+
+    states: Tensor  # (B, S, W)
+    pooled: Tensor | None = None  # (B, C)
+    attention_mask: Tensor | None = None  # (B, S) int64, 0 where there is padding
+
+
+class TextEncoder:
+    """A frozen text encoder with its tokenizer, both as transformers makes them."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        positions = getattr(model.config, "max_position_embeddings", T5_POSITIONS)
+        self.max_length = min(tokenizer.model_max_length, positions)  # S
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        subfolder: str | None = None,
+        tokenizer_subfolder: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Loads a folder or hub repository, in eval mode, on the CPU.
+
+        The class is read from the "architectures" of config.json. tokenizer_subfolder: where the
+        tokenizer lies, if not with the encoder. Raises ValueError for an encoder of another kind,
+        one that lacks weights, and without transformers; FileNotFoundError when nothing is there.
+        """
+        transformers = import_transformers()
+        folder = find_model(name_or_path, subfolder, revision)
+        names = read_config(folder).get("architectures") or []
+        known = [ENCODERS[name] for name in names if name in ENCODERS]
+        if not known:
+            legal = ", ".join(ENCODERS)
+            raise ValueError(f"{folder} has architectures={names}; text encoders here: {legal}")
+        model, report = getattr(transformers, known[0]).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:  # which transformers would leave at random
+            raise ValueError(f"{folder} lacks weights of a {known[0]}:\n  " + "\n  ".join(missing))
+        place = tokenizer_subfolder or subfolder or ""
+        if Path(name_or_path).is_dir():
+            name_or_path, place = Path(name_or_path, place), ""
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                name_or_path, subfolder=place, revision=revision
+            )
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{Path(name_or_path, place)} holds no tokenizer: {str(error).splitlines()[0]}"
+            ) from None
+        return cls(model, tokenizer)
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether it gives a pooled vector."""
+        return hasattr(self.model, "text_projection")
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        pooled: bool | None = None,
+        clip_skip: int | None = None,
+    ) -> TextStates:
+        """Prompts -> states (B, S, W), with `pooled` also pooled (B, C), and their mask (B, S).
+
+        With pooled (None: where the encoder has a projection) the states are those before the last
+        layer, as muse-512 and aMUSEd were trained; else the last ones, normalized. clip_skip n
+        takes those of n layers before the last instead. Longer prompts are cut, see cut_prompts.
+        Padding is not hidden from the encoder, as in open-muse.
+        """
+        pooled = self.has_projection if pooled is None else pooled
+        if pooled and not self.has_projection:
+            kind = type(self.model).__name__
+            raise ValueError(f"a {kind} gives no pooled vector: a CLIPTextModelWithProjection does")
+        layers = self.model.config.num_hidden_layers
+        if clip_skip is not None and not 0 <= clip_skip <= layers:
+            raise ValueError(f"clip_skip={clip_skip}: the text encoder has layers 0..{layers}")
+        tokens = self.tokenizer(
+            list(prompts),
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+        ).to(self.model.device)
+        made = self.model(tokens.input_ids, output_hidden_states=True)
+        if clip_skip is None and not pooled:
+            states = made.last_hidden_state
+        else:
+            states = made.hidden_states[-1 - (1 if clip_skip is None else clip_skip)]
+        return TextStates(states, made.text_embeds if pooled else None, tokens.attention_mask)
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts that are too long to be read to their end."""
+        lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
+        return [p for p, n in zip(prompts, lengths, strict=True) if n > self.max_length]
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
+        """Moves the encoder; dtype None leaves it in its own."""
+        self.model.to(device=device, dtype=dtype or self.model.dtype)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes encoder and tokenizer into one folder, as transformers and open-muse read them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def import_transformers() -> Any:
+    """The optional dependency. Raises ValueError that says how to install it."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("text encoders need transformers: pip install 'open-muse[text]'") from None
+    return transformers
