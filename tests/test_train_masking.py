@@ -96,8 +96,10 @@ def test_the_loss_module_agrees_with_forward():
     loss.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    out = MaskedLoss(model, label_smoothing=0.1)(ids, labels)
-    mean = out["losses"].sum() / (labels != -100).sum()
+    positions = (labels != -100).flatten().nonzero().squeeze(-1)
+    out = MaskedLoss(model, label_smoothing=0.1)(ids, labels, positions)
+    torch.testing.assert_close(out["losses"].sum(), out["total"].detach())
+    mean = out["total"] / len(positions)
     mean.backward()
     assert mean.item() == pytest.approx(loss.item(), rel=1e-6)
     for name, parameter in model.named_parameters():

@@ -1,6 +1,10 @@
 """Training options one by one, each seen to do what it says."""
 
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ from safetensors.torch import load_file
 from store_factory import make_store
 from test_train_resume import SMALL, refused, run_to_end
 
+from train_stage.config import ModelConfig
+from train_stage.sizes import size_fields
 from train_stage.train import main as train_main
 
 STEPS = 12
@@ -49,6 +55,34 @@ def test_gradient_checkpointing_changes_nothing(store, tmp_path):
     plain = train(store, tmp_path / "a")
     saving = train(store, tmp_path / "b", "model.gradient_checkpointing=true")
     assert losses(saving) == losses(plain)
+
+
+def test_attention_backends_train_alike(store, tmp_path, capfd):
+    still = ["model.transformer.hidden_dropout=0", "model.transformer.attention_dropout=0"]
+    sdpa = losses(train(store, tmp_path / "a", *still))
+    plain = losses(train(store, tmp_path / "b", *still, "model.attention=plain"))
+    assert plain == pytest.approx(sdpa, rel=1e-4) and plain != sdpa
+    argv = [f"dataset.train_store={store}", f"experiment.output_dir={tmp_path / 'c'}", *SMALL]
+    if importlib.util.find_spec("xformers") is None:
+        assert "pip install" in refused([*argv, "model.attention=xformers"], capfd)
+        assert not (tmp_path / "c").exists()
+
+
+def test_a_size_fills_in_what_is_not_given(capfd):
+    given = ModelConfig(size="tiny", transformer={"hidden_size": 32}).transformer_given()
+    assert given == size_fields("tiny") | {"hidden_size": 32} != size_fields("tiny")
+    assert ModelConfig(transformer={"hidden_size": 32}).transformer_given() == {"hidden_size": 32}
+    with pytest.raises(SystemExit):
+        train_main(["experiment.output_dir=nowhere", *SMALL, "model.size=huge"])
+    assert "xl" in capfd.readouterr().err
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(store, tmp_path):
+    argv = [f"dataset.train_store={store}", f"experiment.output_dir={tmp_path / 'run'}", *SMALL]
+    command = [sys.executable, "-m", "train_stage.train", *argv, "--dry-run"]
+    root = Path(__file__).parents[1]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "parameters" in said and "FLOP" in said and not (tmp_path / "run").exists()
 
 
 def test_overfit_one_batch_goes_down_fast(store, tmp_path):

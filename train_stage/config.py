@@ -11,7 +11,9 @@ from omegaconf import MISSING
 
 from configs.load import ConfigError, build_section, open_section
 from storage.schema import StoreMeta, Tokenizer
+from train_stage.attention import AttentionBackend
 from train_stage.loader import check_divides
+from train_stage.sizes import size_fields
 from train_stage.store_stream import Preload, Shuffle, Views
 from train_stage.transformer import MaskGitTransformerConfig
 
@@ -53,6 +55,8 @@ class ExperimentConfig:
     """Steps between log lines."""
     resume_from_checkpoint: str | None = "latest"
     """"latest" (start when there is none), the path of a checkpoint, or null to start anew."""
+    dry_run: bool = False
+    """Say parameters, memory and FLOPs a step, and stop; --dry-run is the same."""
 
     def __post_init__(self) -> None:
         check_range("experiment.log_every", self.log_every, 1)
@@ -68,6 +72,8 @@ class VQModelConfig:
 
 @dataclass
 class ModelConfig:
+    size: Literal["tiny", "small", "base", "large", "xl"] | None = None
+    """Keywords of MaskGitTransformer by the name of a size; model.transformer goes before it."""
     transformer: dict[str, Any] = open_section(MaskGitTransformerConfig)
     """Keywords of MaskGitTransformer."""
     vq_model: VQModelConfig = field(default_factory=VQModelConfig)
@@ -75,6 +81,12 @@ class ModelConfig:
     """Start from these weights (folder or hub name) instead of random ones."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more time."""
+    attention: AttentionBackend = "sdpa"
+    """sdpa is PyTorch's, xformers needs that package and a GPU, plain spells the equation."""
+
+    def transformer_given(self) -> dict[str, Any]:
+        """The size's keywords, and over them model.transformer's."""
+        return {**(size_fields(self.size) if self.size else {}), **self.transformer}
 
 
 @dataclass
@@ -215,6 +227,9 @@ class TrainingConfig:
     """Autocast; weights and optimizer stay in float32."""
     enable_tf32: bool = True
     """TF32 matrix products on GPUs that have them."""
+    compile: bool = False
+    """Compile layers and loss with torch.compile: faster steps after a slow first one; needs Triton
+    on a GPU, a C++ compiler on a CPU."""
     use_ema: bool = False
     """Keep an exponential moving average; pictures and the final model use it."""
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -1,5 +1,8 @@
 """Losses and the diagnostics that go with them: logits + labels -> scalar.
 
+Training makes no logits that it does not need: the trunk's output is taken at the scored positions
+only, and chunked_loss.py goes on from there.
+
 -100 in labels marks what is not scored. B batch, N codes, V outputs, M scored codes.
 """
 
@@ -8,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from train_stage.chunked_loss import ScoreChunk, chunk_rows, linear_cross_entropy, score_chunk
 
 IGNORE = -100
 BUCKETS = 10  # of the share of masked codes: (0, .1], (.1, .2], … (.9, 1]
@@ -43,13 +48,15 @@ def masked_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """token_loss of a model's hidden states (B, N, E), head and logits on scored codes only."""
-    scored = labels != IGNORE
-    logits = model.logits(hidden[scored])
-    total = weight.sum() if weight is not None else scored.sum()
-    losses = F.cross_entropy(
-        logits, labels[scored], label_smoothing=label_smoothing, reduction="none"
+    labels = labels.flatten()
+    positions = (labels != IGNORE).nonzero().squeeze(-1)  # (M,); a sync on a GPU
+    features = model.head(hidden.flatten(0, 1).index_select(0, positions))
+    matrix, bias = model.output_layer()
+    row_weight = None if weight is None else weight.flatten()[positions]
+    scores = linear_cross_entropy(
+        features, matrix, bias, labels[positions], label_smoothing, row_weight
     )
-    return (losses if weight is None else losses * weight[scored]).sum() / total
+    return scores.total / (len(positions) if weight is None else weight.sum())
 
 
 def soft_target_cross_entropy(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:
@@ -75,25 +82,40 @@ class MaskedLoss(nn.Module):
 
     def __init__(self, model: Any, label_smoothing: float = 0.0):
         super().__init__()
-        self.model: Any  # a module with hidden_states and logits
+        self.model: Any  # a TokenTransformer
         self.model, self.label_smoothing = model, label_smoothing
+        self.compiled: ScoreChunk | None = None
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """{"losses": (M,) smoothed, "plain": (M,) unsmoothed, "correct": (M,)}, row by row."""
-        scored = labels != IGNORE  # (B, T)
-        hidden = self.model.hidden_states(input_ids)
-        if hidden.shape[1] == labels.shape[1]:
-            logits = self.model.logits(hidden[scored])  # (M, V)
-        else:  # codes grouped into patches: the head needs the whole grid
-            logits = self.model.logits(hidden)[scored]
-        logits, targets = logits.float(), labels[scored]
-        losses = F.cross_entropy(
-            logits, targets, label_smoothing=self.label_smoothing, reduction="none"
+    def compile_parts(self, backend: Any = "inductor") -> None:
+        """Compiles the repeated blocks and the chunk loss, whose shapes are always the same.
+
+        What depends on how many codes are scored (taking them, the head) stays outside.
+        """
+        options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+        for layer in self.model.layers():
+            layer.compile(**options)
+        self.compiled = torch.compile(score_chunk, **options)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, positions: Tensor, **condition: Tensor
+    ) -> dict[str, Tensor]:
+        """Scores, by name, of input_ids and labels (B, T) at positions (M,) of their B * T.
+
+        The caller knows where labels are not -100 without asking a GPU, which has to wait then.
+        condition: the keywords of the model's hidden_states.
+        """
+        hidden = self.model.hidden_states(input_ids, **condition)
+        weight, bias = self.model.output_layer()
+        scores = linear_cross_entropy(
+            self.model.head(hidden.flatten(0, 1).index_select(0, positions)),
+            weight,
+            bias,
+            labels.flatten()[positions],
+            self.label_smoothing,
+            chunk=min(labels.numel(), chunk_rows(len(weight))),
+            compiled=self.compiled,
         )
-        with torch.no_grad():
-            plain = F.cross_entropy(logits, targets, reduction="none")
-            correct = logits.argmax(-1) == targets
-        return {"losses": losses, "plain": plain, "correct": correct}
+        return scores._asdict()
 
 
 def masked_buckets(input_ids: Tensor, mask_id: int) -> Tensor:

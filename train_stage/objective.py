@@ -2,8 +2,9 @@
 
 Masks and dropped conditions are drawn for the whole global batch from (seed, step), then sliced;
 the loss is a sum over this process's codes divided by the count over all. Nothing but (seed,
-step) decides what is random, so a resumed run needs no generator state. (Draws are made on the
-device, so CPU and GPU runs differ; dropout also depends on the process.)
+step) decides what is random, so a resumed run needs no generator state. Draws are made on the
+host: the same on every device, and what is scored is known without waiting for a GPU. (Dropout
+depends on device and process.)
 """
 
 import random
@@ -12,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -28,15 +30,19 @@ MASKS, DROPOUT = 1, 2  # names of the random streams of a step
 
 @dataclass
 class MaskedBatch:
-    """input_ids, labels (b, T) of this process, and how many codes are scored over all of them."""
+    """This process's part of a step's batch, b rows of T tokens."""
 
-    input_ids: Tensor
-    labels: Tensor
-    scored: int  # in the global batch
+    input_ids: Tensor  # (b, T)
+    labels: Tensor  # (b, T)
+    is_scored: Tensor  # (b, T) bool, on the host: where labels are not -100
+    scored: int  # codes in the global batch
 
-    def split(self, passes: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(input_ids, labels) of each forward pass."""
-        yield from zip(self.input_ids.chunk(passes), self.labels.chunk(passes), strict=True)
+    def split(self, passes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """input_ids, labels and positions (see MaskedLoss) of each forward pass."""
+        parts = (values.chunk(passes) for values in (self.input_ids, self.labels, self.is_scored))
+        for input_ids, labels, is_scored in zip(*parts, strict=True):
+            positions = is_scored.flatten().nonzero().squeeze(-1)
+            yield input_ids, labels, send(positions, input_ids.device)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
@@ -58,7 +64,7 @@ def mask_batch(
     """Hides codes of a batch and adds the class token, dropped with cond_dropout_prob."""
     share, length = batch.codes.shape
     rows = share * world_size
-    generator = torch.Generator(device).manual_seed(stream_seed(config.seed, batch.step, MASKS))
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, batch.step, MASKS))
     draw = draw_mask(
         rows,
         length,
@@ -68,16 +74,18 @@ def mask_batch(
         config.mask_contiguous_region_prob,
         rng=random.Random(generator.initial_seed()),
     )
-    dropped = torch.rand(rows, generator=generator, device=device) < config.cond_dropout_prob
+    dropped = torch.rand(rows, generator=generator) < config.cond_dropout_prob
     mine = slice(rank * share, (rank + 1) * share)
     codes = send(batch.codes, device).long()  # they may travel as uint16
-    input_ids, labels = apply_mask(codes, draw.mask[mine], model.mask_token_id)
+    is_scored = draw.mask[mine]
+    input_ids, labels = apply_mask(codes, send(is_scored, device), model.mask_token_id)
     if model.config.num_classes:
         class_ids = send(batch.class_ids, device)
         size, mask_id = model.config.codebook_size, model.mask_token_id
-        token = class_tokens(class_ids, dropped[mine], size, mask_id)
+        token = class_tokens(class_ids, send(dropped[mine], device), size, mask_id)
         input_ids, labels = prepend_token(input_ids, labels, token)
-    return MaskedBatch(input_ids, labels, int(draw.mask.sum()))  # a sync on a GPU
+        is_scored = F.pad(is_scored, (1, 0))
+    return MaskedBatch(input_ids, labels, is_scored, int(draw.mask.sum()))
 
 
 def backward(
@@ -89,11 +97,11 @@ def backward(
     """
     sums = Sums.zeros(batch.input_ids.device)
     scale = accelerator.num_processes / batch.scored
-    for index, (input_ids, labels) in enumerate(batch.split(passes)):
+    for index, (input_ids, labels, positions) in enumerate(batch.split(passes)):
         more_to_come = index < passes - 1
         with accelerator.no_sync(loss_module) if more_to_come else nullcontext():
-            out = loss_module(input_ids, labels)
-            accelerator.backward(out["losses"].sum() * scale)
+            out = loss_module(input_ids, labels, positions)
+            accelerator.backward(out["total"] * scale)
         sums.add(out, labels)
     return sums
 
@@ -116,11 +124,11 @@ class Sums:
 
     def add(self, out: dict[str, Tensor], labels: Tensor) -> None:
         """Adds one forward pass: MaskedLoss's output and the labels (b, T) it scored."""
-        scored = labels != IGNORE
-        share = scored.sum(-1) / max(1, int(labels.shape[-1]))
-        bucket = bucket_of(share).unsqueeze(-1).expand_as(labels)[scored]  # (M,)
-        plain = out["plain"].detach().double()
-        self.loss += out["losses"].detach().sum()
+        count = (labels != IGNORE).sum(-1)  # (b,)
+        plain = out["plain"].double()  # (M,)
+        bucket = bucket_of(count / labels.shape[-1])
+        bucket = bucket.repeat_interleave(count, output_size=len(plain))  # (M,)
+        self.loss += out["losses"].sum()
         self.plain += plain.sum()
         self.correct += out["correct"].sum()
         self.bucket_loss.index_add_(0, bucket, plain)

@@ -97,6 +97,8 @@ def set_up(config: TrainConfig) -> Run:
         model, config.optimizer.name, rate, betas, params.weight_decay, params.epsilon
     )
     loss_module = MaskedLoss(model, config.training.label_smoothing)
+    if config.training.compile:
+        loss_module.compile_parts()
     loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
     samples = None
     if config.experiment.generate_every and accelerator.is_main_process:
@@ -200,7 +202,10 @@ def make_eval_loader(
 def make_model(config: TrainConfig, store: TokenStore, loader: TokenLoader) -> MaskGitTransformer:
     """The transformer that fits the store, with random or given weights."""
     fields = transformer_fields(
-        config.model.transformer, store.meta, config.dataset.codes_column, loader.largest_class_id
+        config.model.transformer_given(),
+        store.meta,
+        config.dataset.codes_column,
+        loader.largest_class_id,
     )
     torch.manual_seed(config.training.seed)
     model = MaskGitTransformer(**fields)
@@ -208,6 +213,7 @@ def make_model(config: TrainConfig, store: TokenStore, loader: TokenLoader) -> M
         folder = find_model(config.model.pretrained_model_path)
         load_strictly(model, read_weights(folder), str(folder))
     model.gradient_checkpointing = config.model.gradient_checkpointing
+    model.set_attention(config.model.attention)
     return model
 
 

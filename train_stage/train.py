@@ -2,6 +2,7 @@
 
     muse-train config=configs/train/fashion_mnist.yaml dataset.train_store=runs/demo/store
     accelerate launch -m train_stage.train config=…      (several GPUs or nodes)
+    muse-train … --dry-run      (parameters, memory and FLOPs a step, without running it)
 
 The same command starts a run and goes on with it. SIGTERM or SIGUSR1 saves and exits with 75;
 what cannot be done is refused with one line and 2.
@@ -21,6 +22,7 @@ import torch
 from configs.load import dump_config, load_command_config
 from train_stage.checkpoint import save_checkpoint, save_model
 from train_stage.config import TrainConfig
+from train_stage.dry_run import describe
 from train_stage.loader import Batch, TokenLoader
 from train_stage.objective import (
     DROPOUT,
@@ -41,8 +43,13 @@ EVAL_ROWS = 8192  # the validation loss uses this many rows at most
 
 def main(argv: list[str] | None = None) -> int:
     """Trains; returns 0 when finished, 2 when refused, 75 when stopped by a signal after saving."""
-    config = load_command_config(TrainConfig, argv, __doc__ or "")
+    words = sys.argv[1:] if argv is None else argv
+    words = ["experiment.dry_run=true" if word == "--dry-run" else word for word in words]
+    config = load_command_config(TrainConfig, words, __doc__ or "")
     try:
+        if config.experiment.dry_run:
+            print(describe(config))
+            return 0
         run = set_up(config)
         finished = train(run)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
@@ -89,7 +96,9 @@ def look_and_save(run: Run, log: RunLog | None, signal_number: int) -> None:
         if log:
             log.write(run.step, loss)
     if run.samples and log and due(run, config.experiment.generate_every):
-        log.say(f"pictures: {run.samples.write(run.model, run.ema, run.path, run.step)}")
+        with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
+            written = run.samples.write(run.model, run.ema, run.path, run.step)
+        log.say(f"pictures: {written}")
     last = run.step == config.training.max_train_steps
     if signal_number or last or due(run, config.experiment.save_every):
         saved = save(run)
@@ -193,8 +202,8 @@ def evaluate_loss(run: Run, loader: TokenLoader) -> float:
     sums = Sums.zeros(accelerator.device)
     run.loss_module.eval()
     for step in range(-(-min(loader.rows, EVAL_ROWS) // loader.global_batch_size)):
-        masked = make_masked(run, loader.batch(step))
-        sums.add(run.loss_module(masked.input_ids, masked.labels), masked.labels)
+        for input_ids, labels, positions in make_masked(run, loader.batch(step)).split(run.passes):
+            sums.add(run.loss_module(input_ids, labels, positions), labels)
     flat = accelerator.reduce(sums.flat(), reduction="sum").tolist()
     return describe_sums(flat)["cross_entropy"]
 

@@ -193,8 +193,8 @@ class MaskGitTransformer(TokenTransformer):
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
         if self.config.use_conv_in_out:
             return self.mlm_layer.conv2.weight.flatten(1), self.mlm_layer.conv2.bias
-        linear: nn.Linear = self.mlm_layer.to_logits if hasattr(self, "mlm_layer") else self.to_logits
-        return linear.weight, linear.bias
+        linear = self.mlm_layer if hasattr(self, "mlm_layer") else self
+        return linear.to_logits.weight, linear.to_logits.bias
 
     def layers(self) -> list[nn.Module]:
         return list(self.transformer_layers)
