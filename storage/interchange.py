@@ -1,4 +1,4 @@
-"""What converters of model directories share: names by a table, strict building, diffusers' files.
+"""What converters of model directories share: names by a table, diffusers' files.
 
 A table is a list of pairs (a module's name here, its name there), `{}` standing for a number;
 read backwards, it converts backwards.
@@ -8,16 +8,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors.torch import save_file
 
 from storage.atomic import atomic_file
-from storage.pretrained import CONFIG_NAME, PretrainedModel, load_strictly
+from storage.pretrained import CONFIG_NAME
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 Pairs = Iterable[tuple[str, str]]
-Model = TypeVar("Model", bound=PretrainedModel)
 
 
 def backwards(pairs: Pairs) -> list[tuple[str, str]]:
@@ -46,18 +45,6 @@ def rename(names: Iterable[str], pairs: Pairs) -> dict[str, str]:
     if unknown:
         raise ValueError("weights of no known name:\n  " + "\n  ".join(unknown))
     return {name: new for name, new in renamed.items() if new is not None}
-
-
-def build_model(
-    model_class: type[Model], config: dict[str, Any], state: dict[str, Any], where: str
-) -> Model:
-    """A model in eval mode from the content of its config.json and its weights.
-
-    Raises ValueError listing every weight that is missing, unknown or of another shape.
-    """
-    model = model_class.from_config(config)
-    load_strictly(model, state, where)
-    return model.eval()
 
 
 def write_diffusers_model(folder: Path, config: Mapping[str, Any], state: dict[str, Any]) -> None:

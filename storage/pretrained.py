@@ -90,13 +90,29 @@ class PretrainedModel(nn.Module):
         """
         folder = find_model(name_or_path, subfolder, revision)
         config = json.loads((folder / CONFIG_NAME).read_text())
+        where = f"{folder} (a {config.get('_class_name')})"
+        return cls.from_state(config, read_weights(folder), where, dtype)
+
+    @classmethod
+    def from_state(
+        cls,
+        config: dict[str, Any],
+        state: dict[str, torch.Tensor],
+        where: str,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A model in eval mode from the content of a config.json and all its weights.
+
+        It takes the tensors themselves where they have its dtype. Raises ValueError, beginning
+        with `where`, that lists every weight that is missing, unknown or of another shape.
+        """
         model = cls._without_weights(config)
-        state = read_weights(folder)
-        check_fits(model, state, f"{folder} (a {config.get('_class_name')})")
+        check_fits(model, state, where)
+        cast = {}
         for name, own in model.state_dict().items():
             wanted = dtype if dtype and own.is_floating_point() else own.dtype
-            state[name] = state[name].to(wanted)
-        model.load_state_dict(state, assign=True)
+            cast[name] = state[name].to(wanted)
+        model.load_state_dict(cast, assign=True)
         return model.to(dtype).eval()
 
     @classmethod

@@ -62,7 +62,7 @@ def decode_image(data: bytes, resolution: int) -> Picture:
     resampling. Raises BadImage for bytes that cannot be decoded or have no defined meaning.
     """
     try:
-        image = _to_rgb(_upright(_load(data)))
+        image = upright_rgb(load_image(data))
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -90,13 +90,18 @@ def centre_crop(height: int, width: int, resolution: int) -> tuple[float, float,
     )
 
 
-def _load(data: bytes) -> Image.Image:
+def load_image(data: bytes) -> Image.Image:
     """Decodes the first frame; what would take too much memory is refused by its header."""
     image = Image.open(BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width}x{image.height} is over the limit of {MAX_PIXELS:,} pixels")
     image.load()
     return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """EXIF orientation applied, 8-bit RGB, what is transparent over white; see the module."""
+    return _to_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

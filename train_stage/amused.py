@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.interchange import backwards, build_model, rename, write_diffusers_model
+from storage.interchange import backwards, rename, write_diffusers_model
 from storage.pretrained import find_model, read_config, read_weights
 from train_stage.uvit import MaskGiTUViT
 
@@ -147,7 +147,7 @@ def load_amused_transformer(
     """
     folder = find_model(name_or_path, subfolder, revision)
     config = config_from_amused(read_config(folder))
-    return build_model(MaskGiTUViT, config, state_from_amused(read_weights(folder)), str(folder))
+    return MaskGiTUViT.from_state(config, state_from_amused(read_weights(folder)), str(folder))
 
 
 def save_amused_transformer(

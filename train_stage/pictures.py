@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from storage.pretrained import model_fingerprint
 from storage.schema import StoreMismatch, Tokenizer
-from tokenize_stage.pixels import BadImage, Picture, _load, _to_rgb, _upright, decode_image
+from tokenize_stage.pixels import BadImage, Picture, decode_image, load_image, upright_rgb
 from tokenize_stage.vq import VQModel, load_vq_model
 from tokenize_stage.vq import amused_vq as amused_vq  # these three for train_stage/convert.py
 from tokenize_stage.vq import maskgit_jax as maskgit_jax
@@ -105,8 +105,8 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
     """A picture or its file as upright RGB, what is transparent over white."""
     try:
         if isinstance(picture, str | Path):
-            picture = _load(Path(picture).read_bytes())
-        return _to_rgb(_upright(picture))
+            picture = load_image(Path(picture).read_bytes())
+        return upright_rgb(picture)
     except (BadImage, UnidentifiedImageError) as error:
         raise ValueError(f"{picture} is not a picture that can be read: {error}") from None
 

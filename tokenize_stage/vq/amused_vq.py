@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from storage.interchange import backwards, build_model, rename, write_diffusers_model
+from storage.interchange import backwards, rename, write_diffusers_model
 from storage.pretrained import find_model, read_config, read_weights
 from tokenize_stage.vq.blocks import GROUPS
 from tokenize_stage.vq.vqgan import VQGANModel
@@ -142,7 +142,7 @@ def load_amused_vq(
     """
     folder = find_model(name_or_path, subfolder, revision)
     config = config_from_amused(read_config(folder))
-    model = build_model(VQGANModel, config, state_from_amused(read_weights(folder)), str(folder))
+    model = VQGANModel.from_state(config, state_from_amused(read_weights(folder)), str(folder))
     return model.requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.interchange import build_model, rename
+from storage.interchange import rename
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 
 State = dict[str, Tensor]
@@ -47,7 +47,7 @@ def load_maskgit_jax(path: str | Path, resolution: int = 256) -> tuple[MaskGitVQ
         raise ValueError(f"{path} is no MaskGIT tokenizer: no {error}") from None
     names = rename(flax, name_pairs(len(config["channel_mult"]), config["num_res_blocks"]))
     state = {names[name]: tensor for name, tensor in flax.items()}
-    model = build_model(MaskGitVQGAN, config, state, str(path)).requires_grad_(False)
+    model = MaskGitVQGAN.from_state(config, state, str(path)).requires_grad_(False)
     return model, [f"{key} (beside the weights)" for key in tree if key != "params"]
 
 

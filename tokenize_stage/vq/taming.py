@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from storage.interchange import build_model
 from tokenize_stage.vq.torch_file import read_torch_file
 from tokenize_stage.vq.vqgan import VQGANModel
 
@@ -42,7 +41,7 @@ def load_taming(path: str | Path, resolution: int = 256) -> tuple[VQGANModel, li
     except KeyError as error:
         begins = ", ".join(list(weights)[:5]) or "no tensor at all"
         raise ValueError(f"{path} is no taming VQGAN: no {error}; it has {begins} …") from None
-    return build_model(VQGANModel, config, weights, str(path)).requires_grad_(False), left_out
+    return VQGANModel.from_state(config, weights, str(path)).requires_grad_(False), left_out
 
 
 def infer_config(state: State, resolution: int, where: str) -> dict[str, Any]:
