@@ -17,9 +17,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## prints tables; not part of the tests
+bench: $(READY)  ## prints tables; not part of the tests; the models want 20 GiB and half an hour
 	$(BIN)/python -m storage.bench
 	$(BIN)/python -m train_stage.bench
+	$(BIN)/python -m train_stage.bench_models --compile
+	$(BIN)/python -m train_stage.bench_loss
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

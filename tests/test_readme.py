@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
+from pipeline_factory import make_pipeline
 
 from configs.load import _walk, load_config
 from storage.cli import main as muse_store
@@ -24,22 +25,26 @@ from tokenize_stage.encode import main as muse_tokenize
 from tokenize_stage.train_vq_config import TrainVQConfig
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from train_stage.config import TrainConfig
+from train_stage.convert import ConvertConfig
 from train_stage.demo import DemoConfig
 from train_stage.evaluate import EvaluateConfig
 from train_stage.generate import GenerateConfig
 from train_stage.generate import main as muse_generate
+from train_stage.sizes import size_table
 from train_stage.train import main as muse_train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 HUB_NAME = "openMUSE/maskgit-vqgan-imagenet-f16-256"
+PIPELINE_NAME = "amused/amused-256"
 SCHEMAS = {
     "muse-tokenize": TokenizeConfig,
     "muse-train-vq": TrainVQConfig,
     "muse-train": TrainConfig,
     "muse-generate": GenerateConfig,
     "muse-evaluate": EvaluateConfig,
+    "muse-convert": ConvertConfig,
     "muse-demo": DemoConfig,
 }
 MAINS = {
@@ -79,25 +84,33 @@ def run(command):
     assert MAINS[name]([*words, *SMALLER.get(name, [])]) == 0, shlex.join(command)
 
 
+def snapshot(hub, name):
+    """The folder of a repository's files in the hub's cache."""
+    repo = hub / f"models--{name.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    return repo / "snapshots" / ("0" * 40)
+
+
 @pytest.fixture(scope="module")
 def playground(tmp_path_factory):
-    """A folder with what the README speaks of: photos, a store, the tokenizer in the hub's cache.
+    """A folder with what the README speaks of: photos, a store, models in the hub's cache.
 
-    The tokenizer has the published grid and codebook, but few channels and random weights.
+    The tokenizer has the published grid and codebook, but few channels and random weights; the
+    pipeline's parts are small, too.
     """
     folder = tmp_path_factory.mktemp("readme")
     vq = MaskGitVQGAN(hidden_channels=32, channel_mult=(1, 1, 1, 1, 1), num_res_blocks=1,
                       z_channels=32, quantized_embed_dim=32)  # fmt: skip
-    repo = folder / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    vq.save_pretrained(repo / "snapshots" / ("0" * 40))
+    vq.save_pretrained(snapshot(folder / "hub", HUB_NAME))
+    make_pipeline().save_pretrained(snapshot(folder / "hub", PIPELINE_NAME))
     rng = np.random.default_rng(0)
     for index in range(6):
         path = folder / "photos" / f"class-{index % 2}" / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (80, 90, 3), np.uint8)).save(path)
     shutil.copy(folder / "photos" / "class-0" / "0.jpg", folder / "picture.jpg")
+    Image.new("L", (90, 80), "white").save(folder / "mask.png")
     return folder
 
 
@@ -127,7 +140,7 @@ def test_stores_are_looked_after(in_playground):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_the_four_commands_turn_photos_into_pictures(in_playground):
@@ -149,9 +162,13 @@ def test_commands_have_these_options(command, monkeypatch, capsys):
             muse_store([*words[:1], "--help"])
         assert stop.value.code == 0
         return
-    words = [word for word in words if "…" not in word and "FILE" not in word]
+    words = [w for w in words if "…" not in w and "FILE" not in w and w != "--dry-run"]
     missing = OmegaConf.missing_keys(OmegaConf.structured(SCHEMAS[name]))
     load_config(SCHEMAS[name], [*(f"{key}=1" for key in missing), *words])
+
+
+def test_the_table_of_sizes_is_what_is_computed():
+    assert size_table("transformer") in README
 
 
 def test_prose_names_modules_files_and_options_that_exist():

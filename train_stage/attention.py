@@ -25,6 +25,8 @@ def check_backend(name: str) -> None:
                 "attention=xformers, but xformers is missing: pip install 'open-muse[xformers]', "
                 "or take attention=sdpa"
             ) from None
+        if not torch.cuda.is_available():
+            raise ValueError("attention=xformers needs a CUDA GPU; on a CPU take attention=sdpa")
 
 
 def attend(

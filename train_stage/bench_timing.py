@@ -1,5 +1,6 @@
 """How the benchmarks of the models measure: ways in turns, milliseconds, peak memory, FLOPs."""
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -21,40 +22,47 @@ class Measured(NamedTuple):
 
 
 def measure(ways: dict[str, Way], device: torch.device, rounds: int) -> dict[str, Measured]:
-    """Warms every way up, then times them in turns."""
+    """Warms every way up, then times them in turns; the first round also looks at memory."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     peaks = {}
-    for name, way in ways.items():
+    for way in ways.values():
         way()
-        peaks[name] = peak_mib(way, device)
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, way in ways.items():
+            if number == 0:
+                before = start_peak(device)
             synchronize(device)
             began = time.perf_counter()
             way()
             synchronize(device)
             times[name].append(1e3 * (time.perf_counter() - began))
+            if number == 0:
+                peaks[name] = peak_mib(device) - before
     return {name: Measured(median(times[name]), peaks[name]) for name in ways}
 
 
-def peak_mib(way: Way, device: torch.device) -> float:
-    """Memory of one call at its highest, over what was there before, MiB. On a CPU: Linux only."""
+def start_peak(device: torch.device) -> float:
+    """Forgets how much memory was in use at most; how much is in use now, MiB."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        way()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
-    before = resident_kib("VmRSS")
-    way()
-    return (resident_kib("VmHWM") - before) / 1024
+        return torch.cuda.memory_allocated(device) / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back first
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_mib("VmRSS")
 
 
-def resident_kib(field: str) -> int:
-    """VmRSS (now) or VmHWM (highest) of this process."""
+def peak_mib(device: torch.device) -> float:
+    """The most memory in use since start_peak, MiB; on a CPU the whole process's, Linux only."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resident_mib("VmHWM")
+
+
+def resident_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (at most) of this process, MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field + ":")))
+    return int(next(line.split()[1] for line in lines if line.startswith(field + ":"))) / 1024
 
 
 def count_flops(way: Way) -> int:
@@ -65,11 +73,11 @@ def count_flops(way: Way) -> int:
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """What a large matrix product reaches here, the best of five: TFLOP/s."""
-    side = 8192 if device.type == "cuda" else 2048
+    """What a large matrix product reaches here, the best of ten: TFLOP/s."""
+    side = 8192 if device.type == "cuda" else 4096
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(6):
+    for _ in range(10):
         synchronize(device)
         began = time.perf_counter()
         a @ b
