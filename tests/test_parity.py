@@ -110,7 +110,7 @@ def compare(want, got, tensors, path):
         difference = abs(float(got) - want["value"])
         error = 0.0 if difference <= 1e-9 else difference / abs(want["value"] or 1e-12)
     else:
-        got = got.detach() if isinstance(got, torch.Tensor) else torch.as_tensor(np.asarray(got))
+        got = got.detach() if isinstance(got, torch.Tensor) else torch.as_tensor(np.array(got))
         wanted = tensors[want["key"]]
         error = tensor_error(kind, wanted, got) if got.shape == wanted.shape else math.inf
     yield path, (error, ALLOWED[kind])

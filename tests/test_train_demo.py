@@ -24,10 +24,12 @@ from train_stage.generate import GenerateConfig
 from train_stage.pictures import read_pictures
 
 # Three parts: write a file; work for a while, saving on SIGTERM; write a file from the second's.
+# (A shell's background job ignores SIGINT, and its children do: not this one.)
 DEMO = """
-import sys
+import signal, sys
 from pathlib import Path
 from train_stage.demo_parts import Part, run_parts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 folder, work = Path(sys.argv[1]), sys.argv[2]
 first = ["python", "-c", f"open('{folder}/log', 'a').write('first\\\\n'); open('{folder}/a', 'w')"]
 last = ["python", "-c", f"open('{folder}/log', 'a').write('last\\\\n'); open('{folder}/c', 'w')"]
