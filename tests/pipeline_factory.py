@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tokenize_stage.text.text_encoder import TextEncoder
 from tokenize_stage.vq.vqgan import VQGANModel
 from train_stage.pipeline import MusePipeline
 from train_stage.pipeline_folder import PipelineSettings
-from train_stage.text_encoder import TextEncoder
 from train_stage.transformer import MaskGitTransformer
 from train_stage.uvit import MaskGiTUViT
 

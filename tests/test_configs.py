@@ -9,7 +9,7 @@ from omegaconf import MISSING, OmegaConf
 
 from configs.load import ConfigError, build_section, dump_config, load_config, open_section
 from tokenize_stage.config import TokenizeConfig
-from tokenize_stage.train_vq_config import TrainVQConfig
+from tokenize_stage.vq_training.config import TrainVQConfig
 from train_stage.config import TrainConfig
 from train_stage.demo import DemoConfig
 from train_stage.evaluate import EvaluateConfig

@@ -22,8 +22,8 @@ from storage.cli import main as muse_store
 from storage.reader import TokenStore
 from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.encode import main as muse_tokenize
-from tokenize_stage.train_vq_config import TrainVQConfig
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
+from tokenize_stage.vq_training.config import TrainVQConfig
 from train_stage.config import TrainConfig
 from train_stage.convert import ConvertConfig
 from train_stage.demo import DemoConfig

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tokenize_stage import decode_ahead as module
-from tokenize_stage.decode_ahead import Decoded, decode_ahead
+from tokenize_stage.pipeline import decode_ahead as module
+from tokenize_stage.pipeline.decode_ahead import Decoded, decode_ahead
 from tokenize_stage.process import Stopped
-from tokenize_stage.sources import InputShard, Skipped
+from tokenize_stage.sources.input_shards import InputShard
+from tokenize_stage.sources.sample import Skipped
 
 
 def folder_shard(root: Path, name: str, count: int) -> InputShard:

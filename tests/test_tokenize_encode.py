@@ -19,7 +19,7 @@ from storage.verify import verify_store
 from storage.writer import expected_shards
 from tokenize_stage import encode
 from tokenize_stage.config import TokenizeConfig
-from tokenize_stage.pixels import decode_image
+from tokenize_stage.pixels.decode import decode_image
 from tokenize_stage.process import STOP_SIGNALS
 from tokenize_stage.vq import load_vq_model
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN

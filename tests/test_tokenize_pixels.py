@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from tokenize_stage.pixels import MAX_PIXELS, BadImage, centre_crop, decode_image
+from tokenize_stage.pixels.decode import MAX_PIXELS, BadImage, centre_crop, decode_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

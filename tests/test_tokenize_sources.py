@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from tokenize_stage.sources import InputShard, Sample, Skipped, list_input_shards, read_samples
+from tokenize_stage.sources.input_shards import InputShard, list_input_shards
+from tokenize_stage.sources.read import read_samples
+from tokenize_stage.sources.sample import Sample, Skipped
 
 JPG = b"not decoded in step 1"
 

@@ -14,13 +14,13 @@ from PIL import Image, ImageDraw
 
 from configs.load import load_config
 from tokenize_stage import train_vq
-from tokenize_stage.codebook import cluster, perplexity, revive
 from tokenize_stage.process import EXIT_REFUSED, EXIT_STOPPED
-from tokenize_stage.train_vq_config import TrainVQConfig
 from tokenize_stage.vq import load_vq_model
-from tokenize_stage.vq_evaluate import evaluate
-from tokenize_stage.vq_images import batch_rows, load_images, random_flip
-from tokenize_stage.vq_trainer import VQTrainer
+from tokenize_stage.vq_training.codebook import cluster, perplexity, revive
+from tokenize_stage.vq_training.config import TrainVQConfig
+from tokenize_stage.vq_training.evaluate import evaluate
+from tokenize_stage.vq_training.images import batch_rows, load_images, random_flip
+from tokenize_stage.vq_training.trainer import VQTrainer
 
 STEPS = 24
 OPTIONS = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenize_stage.work_split import share_of, this_task
+from tokenize_stage.work.work_split import share_of, this_task
 
 
 def slurm(array: tuple[int, int, int, int, int] | None, rank: tuple[int, int] | None) -> dict:

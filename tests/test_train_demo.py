@@ -14,7 +14,7 @@ import pytest
 
 from configs.load import load_config
 from tokenize_stage.config import TokenizeConfig
-from tokenize_stage.train_vq_config import TrainVQConfig
+from tokenize_stage.vq_training.config import TrainVQConfig
 from train_stage.config import TrainConfig
 from train_stage.demo import DemoConfig, plan_parts
 from train_stage.demo_data import CLASS_NAMES, FETCHED, FILES, INSTALLED, main, write_tars

@@ -8,7 +8,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from tokenize_stage.pixels import decode_image
+from tokenize_stage.pixels.decode import decode_image
 from tokenize_stage.vq import VQModel
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from train_stage.pictures import (

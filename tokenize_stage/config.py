@@ -5,20 +5,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-
-@dataclass
-class PreprocessingConfig:
-    resolution: int = 256
-    """Side of the square, in pixels, that each image is resized and cropped to."""
-
-
-@dataclass
-class DatasetConfig:
-    shards_path_or_url: str = MISSING
-    """Image folder (class = sub-folder), or webdataset tars: folder, glob, braces, several by ::"""
-    images_per_shard: int = 10_000
-    """Images in one shard, when the input is an image folder; a tar is always one shard."""
-    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+from tokenize_stage.sources.config import DatasetConfig
 
 
 @dataclass
@@ -67,8 +54,6 @@ class TokenizeConfig:
 
     def __post_init__(self) -> None:
         counts = {
-            "dataset.images_per_shard": self.dataset.images_per_shard,
-            "dataset.preprocessing.resolution": self.dataset.preprocessing.resolution,
             "store.chunk_rows": self.store.chunk_rows,
             "encode.batch_size": self.encode.batch_size,
             "encode.decode_threads": self.encode.decode_threads,

@@ -29,8 +29,9 @@ from storage.seal import seal
 from storage.stats import store_sizes
 from storage.writer import ShardWriter, create_store, expect_shards
 from tokenize_stage.config import TokenizeConfig
-from tokenize_stage.decode_ahead import Decoded, Outcome, decode_ahead
-from tokenize_stage.pixels import TRANSFORM
+from tokenize_stage.pipeline.decode_ahead import Decoded, Outcome, decode_ahead
+from tokenize_stage.pipeline.progress import Progress
+from tokenize_stage.pixels.decode import TRANSFORM
 from tokenize_stage.process import (
     EXIT_STOPPED,
     Stopped,
@@ -38,12 +39,12 @@ from tokenize_stage.process import (
     refuse,
     stop_on_signals,
 )
-from tokenize_stage.progress import Progress
-from tokenize_stage.remaining import remaining_shards
-from tokenize_stage.sources import InputShard, Skipped, list_input_shards
+from tokenize_stage.sources.input_shards import InputShard, list_input_shards
+from tokenize_stage.sources.sample import Skipped
 from tokenize_stage.vq import load_vq_model
 from tokenize_stage.vq.model import VQModel
-from tokenize_stage.work_split import share_of, this_task
+from tokenize_stage.work.remaining import remaining_shards
+from tokenize_stage.work.work_split import share_of, this_task
 
 
 @dataclass

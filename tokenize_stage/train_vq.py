@@ -24,10 +24,10 @@ from tqdm import tqdm
 from configs.load import dump_config, load_command_config
 from storage.atomic import atomic_file
 from tokenize_stage.process import EXIT_STOPPED, pick_device, refuse, stop_on_signals
-from tokenize_stage.train_vq_config import TrainVQConfig
-from tokenize_stage.vq_evaluate import evaluate, save_reconstructions
-from tokenize_stage.vq_images import ImageSet, load_images
-from tokenize_stage.vq_trainer import VQTrainer
+from tokenize_stage.vq_training.config import TrainVQConfig
+from tokenize_stage.vq_training.evaluate import evaluate, save_reconstructions
+from tokenize_stage.vq_training.images import ImageSet, load_images
+from tokenize_stage.vq_training.trainer import VQTrainer
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 PICTURE, MODEL = "reconstructions.png", "model"

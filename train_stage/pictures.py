@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from storage.pretrained import model_fingerprint
 from storage.schema import StoreMismatch, Tokenizer
-from tokenize_stage.pixels import BadImage, Picture, decode_image, load_image, upright_rgb
+from tokenize_stage.pixels.decode import BadImage, Picture, decode_image, load_image, upright_rgb
 from tokenize_stage.vq import VQModel, load_vq_model
 from tokenize_stage.vq import amused_vq as amused_vq  # these three for train_stage/convert.py
 from tokenize_stage.vq import maskgit_jax as maskgit_jax

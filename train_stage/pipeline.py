@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenize_stage.text.text_encoder import TextEncoder
 from train_stage import pictures
 from train_stage.devices import pick_device
 from train_stage.guidance import GuidanceSchedule, guidance_scales
@@ -47,7 +48,6 @@ from train_stage.pipeline_inputs import (
     text_conditions,
 )
 from train_stage.sampling import generate
-from train_stage.text_encoder import TextEncoder
 from train_stage.uvit import MaskGiTUViT
 
 OutputType = Literal["pil", "uint8", "pt", "np", "codes"]

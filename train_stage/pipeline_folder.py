@@ -23,10 +23,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from storage.atomic import atomic_directory, atomic_file, read_json
 from storage.pretrained import CONFIG_NAME, find_model
 from storage.schema import Tokenizer
+from tokenize_stage.text.text_encoder import TextEncoder
 from train_stage import pictures
 from train_stage.checkpoint import CODES
 from train_stage.load_transformer import Transformer, load_transformer
-from train_stage.text_encoder import TextEncoder
 from train_stage.uvit import MaskGiTUViT
 
 SETTINGS = "pipeline.json"

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tokenize_stage.text.text_encoder import TextEncoder, TextStates
 from train_stage import pictures
 from train_stage.mask_schedule import get_mask_schedule
 from train_stage.sampling import add_mask_noise
-from train_stage.text_encoder import TextEncoder, TextStates
 
 Picture = Image.Image | str | Path
 Embeddings = TextStates | tuple[Tensor, Tensor | None]  # states (P, S, W), pooled (P, C)

@@ -8,7 +8,8 @@ from typing import Any
 from storage.files import open_files
 from storage.shard import current_folders, read_rows, read_skipped
 from storage.writer import finished_shards
-from tokenize_stage.sources import InputShard, stored_key
+from tokenize_stage.sources.input_shards import InputShard
+from tokenize_stage.sources.sample import stored_key
 
 
 def remaining_shards(store: Path, shards: Sequence[InputShard]) -> list[InputShard]:

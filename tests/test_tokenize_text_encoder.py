@@ -7,7 +7,7 @@ import pytest
 import torch
 from pipeline_factory import CLIP, WORDS, make_encoder, make_tokenizer
 
-from train_stage.text_encoder import TextEncoder
+from tokenize_stage.text.text_encoder import TextEncoder
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,9 +12,11 @@ from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import TypeVar
 
-from tokenize_stage.pixels import BadImage, Picture, decode_image
+from tokenize_stage.pixels.decode import BadImage, Picture, decode_image
 from tokenize_stage.process import Stopped
-from tokenize_stage.sources import InputShard, Sample, Skipped, read_samples
+from tokenize_stage.sources.input_shards import InputShard
+from tokenize_stage.sources.read import read_samples
+from tokenize_stage.sources.sample import Sample, Skipped
 
 T = TypeVar("T")
 POLL_S = 0.1  # between two looks at whether to stop

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from storage.atomic import atomic_file
-from tokenize_stage.codebook import perplexity
 from tokenize_stage.vq.model import VQModel
-from tokenize_stage.vq_images import to_pixels
+from tokenize_stage.vq_training.codebook import perplexity
+from tokenize_stage.vq_training.images import to_pixels
 
 
 @torch.no_grad()

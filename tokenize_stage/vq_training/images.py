@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenize_stage.pixels import BadImage, decode_image
-from tokenize_stage.sources import Sample, Skipped, list_input_shards, read_samples
+from tokenize_stage.pixels.decode import BadImage, decode_image
+from tokenize_stage.sources.input_shards import list_input_shards
+from tokenize_stage.sources.read import read_samples
+from tokenize_stage.sources.sample import Sample, Skipped
 
 # First words of the numpy seeds, so that the draws of one seed do not resemble one another.
 SPLIT, ORDER, FLIP, DROPOUT, CLUSTER, REVIVE = range(6)

@@ -11,12 +11,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokenize_stage.codebook import cluster, perplexity, revive
-from tokenize_stage.train_vq_config import TrainVQConfig
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from tokenize_stage.vq.quantizer import as_vectors
-from tokenize_stage.vq_images import CLUSTER, DROPOUT, REVIVE, batch_rows, random_flip, to_pixels
-from tokenize_stage.vq_loss import vq_loss
+from tokenize_stage.vq_training.codebook import cluster, perplexity, revive
+from tokenize_stage.vq_training.config import TrainVQConfig
+from tokenize_stage.vq_training.images import (
+    CLUSTER,
+    DROPOUT,
+    REVIVE,
+    batch_rows,
+    random_flip,
+    to_pixels,
+)
+from tokenize_stage.vq_training.loss import vq_loss
 
 TOTALS = ("reconstruction", "quantizer", "gradient_norm", "revived")
 VECTORS_PER_CODE = 64  # what the first codebook is clustered from

@@ -1,0 +1,1 @@
+"""How the nine steps overlap: read, decode, encode, write, at the same time."""

@@ -1,0 +1,1 @@
+"""Which samples become rows: metadata filters, deny-lists, duplicates."""

@@ -1,0 +1,1 @@
+"""Step 1, image: where samples come from, as input shards."""

@@ -1,0 +1,1 @@
+"""Captions -> text ids and, on request, text states."""

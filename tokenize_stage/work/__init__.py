@@ -1,0 +1,1 @@
+"""Who does what, and what became of it: tasks, plans, ledgers."""
