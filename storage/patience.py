@@ -40,8 +40,8 @@ async def repeat(
             async with asyncio.timeout(patience.timeout_s):
                 return await attempt()
         except Exception as error:
-            if refusal := _refusal(url, error):
-                raise refusal from error
+            if refused := refusal(url, error):
+                raise refused from error
             failure = error
     reason = str(failure) or f"no answer within {patience.timeout_s:g} s"
     raise ConnectionError(
@@ -59,7 +59,7 @@ def http_status(error: Exception) -> int | None:
     return next((status for status in statuses if isinstance(status, int)), None)
 
 
-def _refusal(url: str, error: Exception) -> Exception | None:
+def refusal(url: str, error: Exception) -> Exception | None:
     """What to raise at once; None for an error that may pass."""
     status = http_status(error)
     if isinstance(error, FileNotFoundError | IsADirectoryError) or status in (404, 410):

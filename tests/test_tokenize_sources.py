@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from tokenize_stage.sources.input_shards import InputShard, list_input_shards
+from tokenize_stage.sources.config import DatasetConfig
+from tokenize_stage.sources.input_shards import list_input_shards
 from tokenize_stage.sources.read import read_samples
-from tokenize_stage.sources.sample import Sample, Skipped
+from tokenize_stage.sources.sample import InputShard, Sample, Skipped
 
 JPG = b"not decoded in step 1"
 
@@ -23,6 +24,10 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def listed(path: str, images_per_shard: int = 10_000) -> list[InputShard]:
+    return list_input_shards(DatasetConfig(path, images_per_shard))
 
 
 def read_tar(path: Path | str) -> list[Sample | Skipped]:
@@ -38,7 +43,7 @@ def write_folder(root: Path, *names: str) -> None:
 def test_image_folder_classes_are_the_sorted_sub_folders(tmp_path: Path) -> None:
     write_folder(tmp_path, "dog/1.jpg", "cat/b/2.PNG", "cat/a.webp", "top.jpeg", "eel/x.gif")
     (tmp_path / "empty").mkdir()
-    (shard,) = list_input_shards(str(tmp_path))
+    (shard,) = listed(str(tmp_path))
     assert shard.name == "images-00000"
     assert shard.class_names == ("cat", "dog", "eel", "empty")
     found = [(s.key, s.class_id) for s in read_samples(shard) if isinstance(s, Sample)]
@@ -54,9 +59,9 @@ def test_image_folder_classes_are_the_sorted_sub_folders(tmp_path: Path) -> None
 
 def test_image_folder_shards_share_all_files_and_mix_classes(tmp_path: Path) -> None:
     write_folder(tmp_path, *(f"{c}/{i:02}.jpg" for c in "ab" for i in range(10)))
-    shards = list_input_shards(str(tmp_path), images_per_shard=7)
+    shards = listed(str(tmp_path), 7)
     assert [shard.name for shard in shards] == ["images-00000", "images-00001", "images-00002"]
-    assert shards == list_input_shards(str(tmp_path), images_per_shard=7)
+    assert shards == listed(str(tmp_path), 7)
     keys = [sample.key for shard in shards for sample in read_samples(shard)]
     assert sorted(keys) == sorted(f"{c}/{i:02}.jpg" for c in "ab" for i in range(10))
     for shard in shards:
@@ -66,7 +71,7 @@ def test_image_folder_shards_share_all_files_and_mix_classes(tmp_path: Path) -> 
 def test_image_folder_reports_what_it_cannot_use(tmp_path: Path) -> None:
     write_folder(tmp_path, "a/1.jpg", "a/notes.txt", ".hidden/2.jpg", "a/.DS_Store")
     (tmp_path / "a" / "gone.jpg").symlink_to("nowhere.jpg")
-    (shard,) = list_input_shards(str(tmp_path))
+    (shard,) = listed(str(tmp_path))
     skipped = {s.key: s.reason for s in read_samples(shard) if isinstance(s, Skipped)}
     assert skipped == {
         "a/notes.txt": "not an image file: .txt",
@@ -76,7 +81,7 @@ def test_image_folder_reports_what_it_cannot_use(tmp_path: Path) -> None:
 
 def test_image_folder_that_vanishes_is_an_error_not_a_list_of_skipped_files(tmp_path: Path) -> None:
     write_folder(tmp_path, "data/1.jpg")
-    (shard,) = list_input_shards(str(tmp_path / "data"))
+    (shard,) = listed(str(tmp_path / "data"))
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError):
         list(read_samples(shard))
@@ -84,7 +89,7 @@ def test_image_folder_that_vanishes_is_an_error_not_a_list_of_skipped_files(tmp_
 
 def test_names_that_are_not_utf8_become_keys_that_can_be_stored(tmp_path: Path) -> None:
     write_folder(tmp_path, "caf\udce9.jpg")
-    (shard,) = list_input_shards(str(tmp_path))
+    (shard,) = listed(str(tmp_path))
     assert [sample.key for sample in read_samples(shard)] == ["caf�.jpg"]
 
 
@@ -103,12 +108,12 @@ def test_tar_patterns(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path, "t/00.tar", "t/01.tar", "t/02.tar", "t/b.tar.gz", "t/readme.txt")
-    assert [shard.name for shard in list_input_shards(pattern)] == names
+    assert [shard.name for shard in listed(pattern)] == names
 
 
 def test_urls_and_commands_are_named_by_the_tar_in_them() -> None:
     path = "pipe:aws s3 cp s3://bucket/{7..8}.tar -::https://host/a/b-00.tar?key=x.y"
-    assert [shard.name for shard in list_input_shards(path)] == ["7", "8", "b-00"]
+    assert [shard.name for shard in listed(path)] == ["7", "8", "b-00"]
 
 
 @pytest.mark.parametrize("path", ["nothing", "no/*.tar", "no/{0..1}.tar", "."])
@@ -117,19 +122,19 @@ def test_nothing_to_read_is_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):
-        list_input_shards(path)
+        listed(path)
 
 
 def test_a_file_that_is_no_tar_is_an_error(tmp_path: Path) -> None:
     write_folder(tmp_path, "photo.jpg")
     with pytest.raises(ValueError, match=r"photo.jpg is neither a folder nor a .tar"):
-        list_input_shards(str(tmp_path / "photo.jpg"))
+        listed(str(tmp_path / "photo.jpg"))
 
 
 def test_two_inputs_of_one_name_are_an_error_naming_both(tmp_path: Path) -> None:
     write_folder(tmp_path, "a/0.tar", "b/0.tar")
     with pytest.raises(ValueError, match=r"a/0.tar and .*b/0.tar would both become the shard '0'"):
-        list_input_shards(f"{tmp_path}/a::{tmp_path}/b")
+        listed(f"{tmp_path}/a::{tmp_path}/b")
 
 
 def test_tar_samples_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
@@ -137,7 +142,7 @@ def test_tar_samples_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> No
         "d/1.jpg": JPG,
         "d/1.cls": b"7\n",
         "d/1.txt": "a cäptiön".encode(),
-        "d/1.json": b"{broken, but not needed beside txt",
+        "d/1.json": b'{"caption": "not this one", "url": "http://x/1.jpg"}',
         "d/2.PNG": JPG,
         "d/2.json": b'{"caption": "from json", "width": 5}',
         "e.f/3.seg.png": b"another file of the sample",
@@ -149,9 +154,13 @@ def test_tar_samples_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> No
     }
     path = write_tar(tmp_path / "0.tar", members)
     samples = read_tar(path)
+    metadata = [
+        {"caption": "not this one", "url": "http://x/1.jpg"},
+        {"caption": "from json", "width": 5},
+    ]
     assert samples == [
-        Sample("d/1", JPG, 7, "a cäptiön", str(path)),
-        Sample("d/2", JPG, None, "from json", str(path)),
+        Sample("d/1", JPG, 7, "a cäptiön", str(path), metadata[0]),
+        Sample("d/2", JPG, None, "from json", str(path), metadata[1]),
         Sample("e.f/3", JPG, None, None, str(path)),
         Sample("4", JPG, None, None, str(path)),
     ]
@@ -172,6 +181,8 @@ def test_tar_samples_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> No
         ([("a.jpg", JPG), ("a.cls", b"-1")], "unreadable cls: class -1 is not in 0..2147483647"),
         ([("a.jpg", JPG), ("a.cls", b"9" * 20)], "unreadable cls: class 99999999999999999999"),
         ([("a.jpg", JPG), ("a.json", b"{")], "unreadable json: Expecting"),
+        ([("a.jpg", JPG), ("a.txt", b"x"), ("a.json", b"{")], "unreadable json: Expecting"),
+        ([("a.jpg", JPG), ("a.json", rb'{"url": "\ud800"}')], "unreadable json: 'utf-8'"),
         ([("a.jpg", JPG), ("a.json", b"[" * 100_000)], "unreadable json: "),
         ([("a.jpg", JPG), ("a.json", b"[1]")], "unreadable json: not an object"),
         ([("a.jpg", JPG), ("a.json", b'{"caption": 3}')], "unreadable json: caption is a int"),
@@ -234,11 +245,12 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     assert last.key == "1" and "after 1 samples, bad checksum" in last.reason
 
 
-def test_an_empty_archive_is_empty_and_an_empty_file_is_reported(tmp_path: Path) -> None:
-    assert read_tar(write_tar(tmp_path / "0.tar", {})) == []
+def test_an_empty_archive_and_an_empty_file_are_reported(tmp_path: Path) -> None:
+    (last,) = read_tar(write_tar(tmp_path / "0.tar", {}))
+    assert last.reason == "empty tar: it has no samples"
     (tmp_path / "1.tar").write_bytes(b"")
     (last,) = read_tar(tmp_path / "1.tar")
-    assert last.reason.startswith("tar cut short or corrupt: after 0 samples")
+    assert last.reason == "tar cut short or corrupt: after 0 samples, empty file"
 
 
 def test_a_command_is_read_and_its_failure_is_an_error(tmp_path: Path) -> None:

@@ -1,143 +1,122 @@
-"""Reads the samples of an input shard, one after the other."""
+"""Reads the samples of an input shard, one after the other, and again where reading fails."""
 
-import json
-import os
-import re
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from functools import partial
+from threading import Event
 
-from webdataset.gopen import gopen
+from storage.patience import http_status, refusal
+from tokenize_stage.process import Stopped
+from tokenize_stage.sources.config import DatasetConfig
+from tokenize_stage.sources.image_folder import read_folder
+from tokenize_stage.sources.sample import InputShard, Sample, Skipped
+from tokenize_stage.sources.table_rows import read_table
+from tokenize_stage.sources.tars import read_tar
+from tokenize_stage.sources.watch import ReadPatience, Watch, read_watched
 
-from tokenize_stage.sources.input_shards import InputShard
-from tokenize_stage.sources.sample import (
-    IMAGE_SUFFIXES,
-    MAX_CLASS_ID,
-    Sample,
-    Skipped,
-    stored_key,
-)
-
-READ_SUFFIXES = (*IMAGE_SUFFIXES, "cls", "txt", "json")
+MAX_OUTCOMES = 2**21  # of one shard: their keys are kept until it ends
+MAX_KEY, MAX_REASON = 1024, 1000  # characters
 
 
-def read_samples(shard: InputShard) -> Iterator[Sample | Skipped]:
+class SourceFailed(OSError):
+    """An input shard cannot be read; the message names it and the last reason."""
+
+
+def read_patience(dataset: DatasetConfig) -> ReadPatience:
+    """What dataset.* says of reading."""
+    return ReadPatience(
+        timeout_s=dataset.read_timeout_s,
+        attempts=dataset.read_attempts,
+        max_sample_bytes=dataset.max_sample_bytes,
+        max_shard_bytes=dataset.max_shard_bytes,
+    )
+
+
+def read_samples(
+    shard: InputShard, patience: ReadPatience | None = None, stop: Event | None = None
+) -> Iterator[Sample | Skipped]:
     """Yields the samples of a shard in order, and a Skipped for whatever is none.
 
-    A tar that is cut short or corrupt ends with a Skipped that says where. Raises OSError when
-    the input as a whole cannot be read: no such file, a failed disk, network or command.
+    A tar that is cut short or corrupt ends with a Skipped that says where. What fails in a way that
+    may pass is read again from its start, without giving a sample twice. Raises FileNotFoundError
+    or PermissionError at once, SourceFailed when patience ends, and Stopped soon after `stop`.
     """
-    return _read_tar(shard.source) if shard.files is None else _read_files(shard)
-
-
-def _read_files(shard: InputShard) -> Iterator[Sample | Skipped]:
-    for path, class_id in shard.files or ():
-        key = stored_key(path)
-        if _suffix(path) not in IMAGE_SUFFIXES:
-            yield Skipped(key, shard.source, f"not an image file: .{_suffix(path)}")
-            continue
+    patience, stop, given = patience or ReadPatience(), stop or Event(), _Given()
+    for attempt in range(1, patience.attempts + 1):
         try:
-            data = Path(shard.source, path).read_bytes()
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            if not os.path.isdir(shard.source):
-                raise  # the whole folder went away: no fault of this file
-            yield Skipped(key, shard.source, f"unreadable file: {error.strerror}")
-            continue
-        yield Sample(key, data, class_id, None, shard.source)
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header for the end of the archive; here it is an error."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the block of zeros that does end it
+            read = partial(_read, shard, patience)
+            yield from given.drop(read_watched(read, patience.timeout_s, stop), shard)
+            return
+        except (Stopped, SourceFailed):
             raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from None
+        except Exception as error:
+            refused = refusal(shard.source, _answer(error))
+            if refused and not isinstance(refused, ValueError):
+                raise refused from error
+            if refused or attempt == patience.attempts:
+                times = f"{attempt} attempts failed, the last with " if attempt > 1 else ""
+                reason = f"{times}{type(error).__name__}: {error}"
+                raise SourceFailed(f"{shard.source} cannot be read: {reason}") from error
+        if stop.wait(patience.pause_s * 4 ** (attempt - 1)):
+            raise Stopped
 
 
-@dataclass
-class _Group:
-    """The members of one sample, by suffix, while a tar is walked."""
+def _answer(error: Exception) -> Exception:
+    """What a web server answered: fsspec calls whatever that is a file that does not exist."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and http_status(cause):
+        return cause
+    return error
 
-    key: str
-    parts: dict[str, bytes] = field(default_factory=dict)
-    fault: str = ""
+
+class _Given:
+    """What was given of a shard, over all attempts: how many, and a sum of their keys."""
+
+    def __init__(self) -> None:
+        self._count = self._sum = 0
+
+    def drop(
+        self, outcomes: Iterator[Sample | Skipped], shard: InputShard
+    ) -> Iterator[Sample | Skipped]:
+        """The outcomes of a new attempt that were not given yet."""
+        count = sum_of_keys = 0
+        for outcome in outcomes:
+            count += 1
+            sum_of_keys = zlib.crc32(outcome.key.encode(), sum_of_keys)
+            if count > self._count:
+                self._count, self._sum = count, sum_of_keys
+                yield outcome
+            elif count == self._count and sum_of_keys != self._sum:
+                break
+        if count < self._count or sum_of_keys != self._sum:
+            raise SourceFailed(f"{shard.source} has changed while it was read; run it again")
 
 
-def _read_tar(source: str) -> Iterator[Sample | Skipped]:
-    group, count = _Group(""), 0
-    try:
-        with (
-            gopen(source) as stream,
-            tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar,
-        ):
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every header
-                folder, slash, name = member.name.rpartition("/")
-                if member.isdir() or name[0] == "." or re.match("__[^/]*__($|/)", member.name):
-                    continue
-                stem, _, suffix = name.partition(".")
-                key = stored_key(f"{folder}{slash}{stem}")
-                if key != group.key:
-                    if group.parts:
-                        yield _to_sample(group, source)
-                        count += 1
-                    group = _Group(key)
-                _read_member(tar, member, suffix.lower(), group)
-    except tarfile.TarError as error:
-        detail = f"tar cut short or corrupt: after {count} samples, {error}"
-        yield Skipped(group.key, source, detail)
+def _read(
+    shard: InputShard, patience: ReadPatience, watch: Watch
+) -> Generator[Sample | Skipped, None, None]:
+    """The outcomes of one attempt; of samples with one key, the first."""
+    if shard.files is not None:
+        outcomes = read_folder(shard, watch, patience.max_sample_bytes)
+    elif shard.table is not None:
+        outcomes = read_table(shard, watch, patience)
     else:
-        if group.parts:
-            yield _to_sample(group, source)
-
-
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, group: _Group) -> None:
-    if suffix in group.parts:
-        group.fault = f"duplicate member: {stored_key(member.name)}"
-    elif suffix in READ_SUFFIXES and not member.isreg():
-        group.fault = f"member is no regular file: {stored_key(member.name)}"
-    file = tar.extractfile(member) if suffix in READ_SUFFIXES and member.isreg() else None
-    group.parts[suffix] = file.read() if file else b""
-
-
-def _to_sample(group: _Group, source: str) -> Sample | Skipped:
-    parts = group.parts
-    images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
-    if group.fault:
-        return Skipped(group.key, source, group.fault)
-    if len(images) != 1:
-        kind = "several images" if images else "no image"
-        return Skipped(group.key, source, f"{kind}: members {', '.join(map(stored_key, parts))}")
-    reading = ""
-    try:
-        reading = "cls"
-        class_id = int(parts["cls"]) if "cls" in parts else None
-        if class_id is not None and not 0 <= class_id <= MAX_CLASS_ID:
-            raise ValueError(f"class {class_id} is not in 0..{MAX_CLASS_ID}")
-        reading = "txt" if "txt" in parts else "json"
-        caption = _caption(parts)
-    except (ValueError, RecursionError) as error:
-        return Skipped(group.key, source, f"unreadable {reading}: {error}")
-    return Sample(group.key, parts[images[0]], class_id, caption, source)
-
-
-def _caption(parts: dict[str, bytes]) -> str | None:
-    if "txt" in parts:
-        return parts["txt"].decode()
-    content = json.loads(parts["json"]) if "json" in parts else {}
-    if not isinstance(content, dict):
-        raise ValueError("not an object")
-    caption = content.get("caption")
-    if not isinstance(caption, str | None):
-        raise ValueError(f"caption is a {type(caption).__name__}")
-    return caption and caption.encode().decode()  # a lone surrogate is an error here
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1][1:].lower()
+        outcomes = read_tar(shard, watch, patience)
+    keys: set[str] = set()
+    with closing(outcomes):
+        for number, outcome in enumerate(outcomes):
+            if number == MAX_OUTCOMES:
+                reason = f"shard too large: nothing after {number} samples is read"
+                yield Skipped(outcome.key[:MAX_KEY], shard.source, reason)
+                return
+            reason = outcome.reason if isinstance(outcome, Skipped) else ""
+            if len(outcome.key) > MAX_KEY:
+                reason = reason or f"key too long: {len(outcome.key)} characters"
+            elif outcome.key in keys:
+                reason = reason or "duplicate key: a sample before it in this shard has the same"
+            if reason:
+                yield Skipped(outcome.key[:MAX_KEY], outcome.source, reason[:MAX_REASON])
+                continue
+            yield outcome
+            keys.add(outcome.key)

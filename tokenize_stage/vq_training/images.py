@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from tokenize_stage.pixels.decode import BadImage, decode_image
+from tokenize_stage.sources.config import DatasetConfig
 from tokenize_stage.sources.input_shards import list_input_shards
 from tokenize_stage.sources.read import read_samples
 from tokenize_stage.sources.sample import Sample, Skipped
@@ -68,7 +69,8 @@ def load_images(
 
 
 def _samples(path: str) -> Iterator[Sample | Skipped]:
-    return chain.from_iterable(read_samples(shard) for shard in list_input_shards(path))
+    shards = list_input_shards(DatasetConfig(path))
+    return chain.from_iterable(read_samples(shard) for shard in shards)
 
 
 def _decode(samples: Iterator[Sample | Skipped], resolution: int) -> Iterator[np.ndarray | str]:
@@ -78,7 +80,7 @@ def _decode(samples: Iterator[Sample | Skipped], resolution: int) -> Iterator[np
         if isinstance(sample, Skipped):
             return sample.reason.partition(":")[0]
         try:
-            return decode_image(sample.data, resolution).pixels
+            return decode_image(sample.data, resolution).pixels[0]
         except BadImage as error:
             return f"bad image: {str(error).partition(':')[0]}"
 
