@@ -289,7 +289,12 @@ def check_fits(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> 
 
 def model_fingerprint(model: PretrainedModel) -> str:
     """sha256 (hex) over class name, config and every weight: which tokenizer made the codes."""
-    digest = hashlib.sha256(fingerprint(model.config_dict()).encode())
+    return weights_fingerprint(model, fingerprint(model.config_dict()))
+
+
+def weights_fingerprint(model: nn.Module, about: str = "") -> str:
+    """sha256 (hex) over the text `about` and every weight: name, dtype, shape, bytes."""
+    digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

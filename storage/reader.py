@@ -157,7 +157,7 @@ class TokenStore:
         order = np.argsort(numbers, kind="stable")
         parts = []
         for shard, _, inner in self.numbers.by_shard(numbers[order]):
-            parts.append(self._shard_table(shard, wanted).take(inner))
+            parts.append(self._shard_table(shard, wanted, inner))
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
         return pa.concat_tables([wanted.empty_table(), *parts]).take(back)
@@ -278,22 +278,26 @@ class TokenStore:
     def _tables(self, wanted: pa.Schema) -> Iterator[pa.Table]:
         return (self._shard_table(shard, wanted) for shard in range(len(self.shards)))
 
-    def _shard_table(self, shard: int, wanted: pa.Schema) -> pa.Table:
-        """The rows of a shard that are not dropped, with exactly the wanted columns."""
-        table = self._read_rows(shard, wanted.names or ["key"])
-        count = len(table)
+    def _shard_table(
+        self, shard: int, wanted: pa.Schema, rows: np.ndarray | None = None
+    ) -> pa.Table:
+        """Rows of a shard, counted without the dropped ones (None: all), of the wanted columns."""
+        kept = self.numbers.kept_in(shard)
+        places = kept if rows is None else rows if kept is None else kept[rows]
+        table = self._read_rows(shard, wanted.names or ["key"], places)
+        count = len(table) if places is None else len(places)
         arrays = [
             table[field.name] if field.name in table.column_names else pa.nulls(count, field.type)
             for field in wanted
         ]
-        table = pa.Table.from_arrays(arrays, schema=wanted)
-        kept = self.numbers.kept_in(shard)
-        return table if kept is None else table.take(kept)
+        return pa.Table.from_arrays(arrays, schema=wanted)
 
-    def _read_rows(self, shard: int, columns: list[str]) -> pa.Table:
-        """Table columns of all rows of a shard on disk; those that it lacks are left out."""
+    def _read_rows(
+        self, shard: int, columns: list[str], rows: np.ndarray | None = None
+    ) -> pa.Table:
+        """Table columns of rows of a shard on disk; those that it lacks are left out."""
         folder = f"shards/{self.index.folders[shard]}"
-        return read_rows(self.files, folder, self.manifest(shard), columns)
+        return read_rows(self.files, folder, self.manifest(shard), columns, rows)
 
     def _column(self, shard: int, column: str) -> ArrayColumnReader:
         key = shard, self._array(column)

@@ -79,7 +79,8 @@ class StoreMeta:
         content = dataclasses.asdict(self) | {"schema_version": 1}  # of this recipe, not of files
         for name in ("backend", "chunk_rows"):
             content.pop(name)
-        for tokenizer in content["tokenizers"].values():
+        text = content["transform"].get("text", {}).get("tokenizers", {})
+        for tokenizer in [*content["tokenizers"].values(), *text.values()]:
             tokenizer.pop("name")
         return fingerprint(content)
 
@@ -140,7 +141,7 @@ def first_difference(ours: StoreMeta, theirs: StoreMeta) -> str | None:
         path = key.split(".")
         if key in ("fingerprint", "schema_version"):
             continue
-        if path[0] == "tokenizers" and path[-1] == "name":
+        if path[-3:-2] == ["tokenizers"] and path[-1] == "name":
             continue
         if a.get(key) != b.get(key):
             return f"{key}: {a.get(key)!r} != {b.get(key)!r}"

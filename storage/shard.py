@@ -110,13 +110,17 @@ def read_manifest(files: StoreFiles, folder: str) -> dict[str, Any]:
 
 
 def read_rows(
-    files: StoreFiles, folder: str, manifest: dict[str, Any], columns: list[str] | None = None
+    files: StoreFiles,
+    folder: str,
+    manifest: dict[str, Any],
+    columns: list[str] | None = None,
+    rows: np.ndarray | None = None,
 ) -> pa.Table:
-    """Columns of a shard's rows.parquet, all rows on disk. Raises ValueError when damaged.
+    """Columns of a shard's rows.parquet. Raises ValueError when damaged.
 
-    A name in `columns` that the file lacks is left out.
+    A name in `columns` that the file lacks is left out. rows: places on disk (n,); None: all.
     """
-    return read_parquet(files, folder, ROWS, manifest, columns)
+    return read_parquet(files, folder, ROWS, manifest, columns, rows)
 
 
 def read_skipped(files: StoreFiles, folder: str, manifest: dict[str, Any]) -> pa.Table:

@@ -1,8 +1,9 @@
-"""Array columns as Zarr v3: one sharded array, blosc lz4 + bit-shuffle, crc32c on every chunk.
+"""Array columns as Zarr v3: one sharded array, blosc lz4 of shuffled bits, crc32c on every chunk.
 
 Bit-shuffle turns the always-zero high bits of codes into runs, so that lz4 keeps ceil(log2 K)
-bits a code and decodes at memory speed. Any Zarr v3 reader opens the folder. zarr writes it; we
-read it by byte range (storage/README.md), because zarr-python costs more a chunk than decoding.
+bits a code and decodes at memory speed. Text ids, which end in padding and repeat whole words,
+take half as much without. Any Zarr v3 reader opens the folder. zarr writes it; we read it by byte
+range (storage/README.md), because zarr-python costs more a chunk than decoding.
 """
 
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from storage.files import REMEDY, StoreFiles
 
 ABSENT = 2**64 - 1  # the offset of a chunk that is not written
+SHUFFLES = {"bitshuffle": blosc.BITSHUFFLE, "noshuffle": blosc.NOSHUFFLE}
 
 
 def write_array(path: Path, array: np.ndarray, chunk_rows: int) -> None:
@@ -29,10 +31,21 @@ def write_array(path: Path, array: np.ndarray, chunk_rows: int) -> None:
         dtype=array.dtype,
         chunks=chunks,
         shards=(shard_rows, *array.shape[1:]),
-        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+        compressors=[
+            BloscCodec(cname="lz4", clevel=5, shuffle=_choose_shuffle(array, chunk_rows)),
+            Crc32cCodec(),
+        ],
         fill_value=0,
     )
     target[:] = array
+
+
+def _choose_shuffle(array: np.ndarray, chunk_rows: int) -> Any:
+    """Of SHUFFLES the one that makes the first chunk smaller."""
+    chunk = np.zeros((chunk_rows, *array.shape[1:]), array.dtype)  # whole, as zarr writes it
+    chunk[: len(array)] = array[:chunk_rows]
+    sizes = {name: len(blosc.compress(chunk, b"lz4", 5, kind)) for name, kind in SHUFFLES.items()}
+    return min(sizes, key=sizes.__getitem__)
 
 
 class ZarrChunks:

@@ -4,7 +4,7 @@ What conditions steps 7 and 8 on words. `pip install 'open-muse[text]'` brings t
 B prompts, S positions (as many as the encoder has, always), W width, C width of the pooled vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from storage.pretrained import find_model, read_config
+from tokenize_stage.text.tokenizer import CaptionTokenizer, import_transformers, load_tokenizer
 
 ENCODERS = {  # architectures of a config.json: the class of transformers that is its text encoder
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
@@ -49,12 +50,14 @@ class TextEncoder:
         tokenizer_subfolder: str | None = None,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        length: int | None = None,
     ) -> Self:
         """Loads a folder or hub repository, in eval mode, on the CPU.
 
         The class is read from the "architectures" of config.json. tokenizer_subfolder: where the
-        tokenizer lies, if not with the encoder. Raises ValueError for an encoder of another kind,
-        one that lacks weights, and without transformers; FileNotFoundError when nothing is there.
+        tokenizer lies, if not with the encoder. length: S, if less than it can have. Raises
+        ValueError for an encoder of another kind, one that lacks weights, and without transformers;
+        FileNotFoundError when nothing is there.
         """
         transformers = import_transformers()
         folder = find_model(name_or_path, subfolder, revision)
@@ -70,16 +73,8 @@ class TextEncoder:
         if missing:  # which transformers would leave at random
             raise ValueError(f"{folder} lacks weights of a {known[0]}:\n  " + "\n  ".join(missing))
         place = tokenizer_subfolder or subfolder or ""
-        if Path(name_or_path).is_dir():
-            name_or_path, place = Path(name_or_path, place), ""
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name_or_path, subfolder=place, revision=revision
-            )
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{Path(name_or_path, place)} holds no tokenizer: {str(error).splitlines()[0]}"
-            ) from None
+        tokenizer = load_tokenizer(name_or_path, place, revision)
+        tokenizer.model_max_length = length or tokenizer.model_max_length
         return cls(model, tokenizer)
 
     @property
@@ -96,10 +91,28 @@ class TextEncoder:
     ) -> TextStates:
         """Prompts -> states (B, S, W), with `pooled` also pooled (B, C), and their mask (B, S).
 
+        As encode_ids does; longer prompts are cut, see cut_prompts.
+        """
+        tokens = self.tokenizer(
+            list(prompts),
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+        ).to(self.model.device)
+        made = self.encode_ids(tokens.input_ids, pooled, clip_skip)
+        return made._replace(attention_mask=tokens.attention_mask)
+
+    @torch.no_grad()
+    def encode_ids(
+        self, input_ids: Tensor, pooled: bool | None = None, clip_skip: int | None = None
+    ) -> TextStates:
+        """Ids (B, S), padded, on the encoder's device -> states (B, S, W), pooled (B, C) or None.
+
         With pooled (None: where the encoder has a projection) the states are those before the last
         layer, as muse-512 and aMUSEd were trained; else the last ones, normalized. clip_skip n
-        takes those of n layers before the last instead. Longer prompts are cut, see cut_prompts.
-        Padding is not hidden from the encoder, as in open-muse.
+        takes those of n layers before the last instead. Padding is not hidden from the encoder, as
+        in open-muse.
         """
         pooled = self.has_projection if pooled is None else pooled
         if pooled and not self.has_projection:
@@ -108,40 +121,37 @@ class TextEncoder:
         layers = self.model.config.num_hidden_layers
         if clip_skip is not None and not 0 <= clip_skip <= layers:
             raise ValueError(f"clip_skip={clip_skip}: the text encoder has layers 0..{layers}")
-        tokens = self.tokenizer(
-            list(prompts),
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_length,
-        ).to(self.model.device)
-        made = self.model(tokens.input_ids, output_hidden_states=True)
+        made = self.model(input_ids, output_hidden_states=True)
         if clip_skip is None and not pooled:
             states = made.last_hidden_state
         else:
             states = made.hidden_states[-1 - (1 if clip_skip is None else clip_skip)]
-        return TextStates(states, made.text_embeds if pooled else None, tokens.attention_mask)
+        return TextStates(states, made.text_embeds if pooled else None)
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """Those of the prompts that are too long to be read to their end."""
         lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
         return [p for p, n in zip(prompts, lengths, strict=True) if n > self.max_length]
 
+    def check_tokenizer(self, record: Mapping[str, Any]) -> None:
+        """Whether ids in a store are for this encoder; record: store.json's, of that column.
+
+        Raises ValueError that names the first field in which its own tokenizer differs.
+        """
+        own = CaptionTokenizer(self.tokenizer, self.max_length, "own").record()
+        for key in ("fingerprint", "vocabulary_size", "length", "pad_id"):
+            if own[key] != record[key]:
+                raise ValueError(
+                    f"the store's text ids are by {record['name']}, of {key} {record[key]!r}; this "
+                    f"text encoder has {own[key]!r}: open the one that the store was made with"
+                )
+
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Moves the encoder; dtype None leaves it in its own."""
-        self.model.to(device=device, dtype=dtype or self.model.dtype)
+        self.model.to(device=device, dtype=dtype)  # a T5 in float16 has layers in float32
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes encoder and tokenizer into one folder, as transformers and open-muse read them."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def import_transformers() -> Any:
-    """The optional dependency. Raises ValueError that says how to install it."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("text encoders need transformers: pip install 'open-muse[text]'") from None
-    return transformers
