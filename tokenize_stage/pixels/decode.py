@@ -1,4 +1,4 @@
-"""Step 2, pixels: the bytes of one image -> (3, R, R) uint8, and where in the image they lie.
+"""The bytes of one image -> upright RGB pixels, or why there are none.
 
 Every kind of picture has one defined meaning:
   EXIF orientation              applied first; sizes and crop boxes are those of the upright image
@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from tokenize_stage.pixels.resize import centre_box, centre_square
 
 MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: a quarter of a gigabyte as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: it runs a program
@@ -29,13 +33,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TRANSFORM = {
-    "orientation": "EXIF applied",
-    "alpha": "over white",
-    "resize": "shorter side, bilinear, antialiased",
-    "crop": "centre",
-}
-"""What store.json says about the making of the pixels; change it when they change."""
+TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 class BadImage(ValueError):
@@ -44,59 +42,114 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """pixels: (3, R, R) uint8 RGB. The crop box is in pixels of the original, upright image."""
+    """One view of an image, at every resolution asked for: pixels (3, R, R) uint8 RGB.
 
-    pixels: np.ndarray
+    The crop box is in pixels of the original, upright image, and that of the first resolution.
+    """
+
+    pixels: tuple[np.ndarray, ...]
     original_height: int
     original_width: int
     crop_top: float
     crop_left: float
     crop_height: float
     crop_width: float
+    view: int = 0
+    flipped: bool = False
+    phash: str | None = None  # 16 hex digits, of the whole image
+
+
+@dataclass(frozen=True, eq=False)
+class Rgb:
+    """An upright image: pixels (3, h, w) uint8, in memory (h, w, 3).
+
+    height, width: of the original, of which the pixels are the part 1 / shrink, rounded up.
+    """
+
+    pixels: torch.Tensor
+    height: int
+    width: int
+    shrink: int = 1
 
 
 def decode_image(data: bytes, resolution: int) -> Picture:
     """Decodes an image, resizes its shorter side to `resolution` and crops the centre.
 
-    The geometry is that of torchvision's Resize(resolution) and CenterCrop(resolution), in one
-    resampling. Raises BadImage for bytes that cannot be decoded or have no defined meaning.
+    Raises BadImage for bytes that cannot be decoded or have no defined meaning.
+    """
+    image = decode_rgb(data)
+    pixels = centre_square(image.pixels, image.height, image.width, image.shrink, resolution)
+    box = centre_box(image.height, image.width, resolution)
+    return Picture((pixels.contiguous().numpy(),), image.height, image.width, *box)
+
+
+def decode_rgb(data: bytes, shortest: int | None = None, device: str = "cpu") -> Rgb:
+    """Decodes an image to upright RGB.
+
+    shortest: a JPEG may come out smaller, by 2, 4 or 8, as long as its shorter side has so many
+    pixels. device: of the decoder for plain JPEGs, "cpu" or "cuda". Raises BadImage.
     """
     try:
-        image = upright_rgb(load_image(data))
+        image = open_image(data)
+        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+            is_upright = _orientation(image) not in UPRIGHT
+            if shortest is not None and _shrink(image, shortest) > 1:
+                return _decode_smaller(image, shortest)
+            if is_upright and (pixels := _decode_jpeg(data, device)) is not None:
+                return Rgb(pixels, image.height, image.width)
+        image.load()
+        return _rgb(upright_rgb(image))
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
         raise BadImage(f"none of the known formats ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise nearly anything on broken bytes
         raise BadImage(f"{type(error).__name__}: {error}") from error
-    top, left, height, width = centre_crop(image.height, image.width, resolution)
-    box = (left, top, left + width, top + height)
-    small = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
-    pixels = np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))  # (3, R, R)
-    return Picture(pixels, image.height, image.width, top, left, height, width)
 
 
-def centre_crop(height: int, width: int, resolution: int) -> tuple[float, float, float, float]:
-    """(top, left, height, width) in the original of the square that Resize + CenterCrop keep."""
-    short, long = min(height, width), max(height, width)
-    resized_long = int(resolution * long / short)
-    rows, columns = (resolution, resized_long) if height <= width else (resized_long, resolution)
-    top, left = round((rows - resolution) / 2), round((columns - resolution) / 2)
-    return (
-        top * height / rows,
-        left * width / columns,
-        resolution * height / rows,
-        resolution * width / columns,
-    )
-
-
-def load_image(data: bytes) -> Image.Image:
-    """Decodes the first frame; what would take too much memory is refused by its header."""
+def open_image(data: bytes) -> Image.Image:
+    """Reads the header alone; what would take too much memory is refused by it."""
     image = Image.open(BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width}x{image.height} is over the limit of {MAX_PIXELS:,} pixels")
+    return image
+
+
+def load_image(data: bytes) -> Image.Image:
+    """Decodes the first frame."""
+    image = open_image(data)
     image.load()
     return image
+
+
+def _decode_jpeg(data: bytes, device: str) -> torch.Tensor | None:
+    """(3, h, w) uint8 by libjpeg-turbo, or on a GPU nvJPEG; None for what Pillow is to judge."""
+    try:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_jpeg(encoded, ImageReadMode.RGB, device)
+    except RuntimeError:
+        return None
+
+
+def _shrink(image: Image.Image, shortest: int) -> int:
+    """By how much a JPEG's decoder may shrink it, 1, 2, 4 or 8."""
+    return next((n for n in (8, 4, 2) if min(image.size) >= n * shortest), 1)
+
+
+def _decode_smaller(image: Image.Image, shortest: int) -> Rgb:
+    """A JPEG of which only the low frequencies are decoded."""
+    (width, height), shrink = image.size, _shrink(image, shortest)
+    image.draft(None, (width // shrink, height // shrink))
+    image.load()
+    small = _rgb(upright_rgb(image))
+    if _orientation(image) in TURNED:
+        width, height = height, width
+    return Rgb(small.pixels, height, width, shrink)
+
+
+def _rgb(image: Image.Image) -> Rgb:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return Rgb(pixels, image.height, image.width)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -105,11 +158,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # broken metadata beside sound pixels: as if there were none
-        return image
+    orientation = _orientation(image)
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken metadata beside sound pixels: as if there were none
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
