@@ -31,7 +31,7 @@ def verify_store(path: Path, progress: Progress = no_progress) -> list[str]:
     current = current_folders([folder.name for folder in folders])
     for name in sorted(expected_shards(path) - set(current)):
         problems.append(f"{path}/shards/{name} is missing: run muse-tokenize again")
-    known = {"store.json", "shards", EXPECTED, SEALED, TOMBSTONES, "stats.png"}
+    known = {"store.json", "shards", EXPECTED, SEALED, TOMBSTONES, "stats.png", "work", "audit"}
     for entry in path.iterdir():
         if entry.name[0] != "." and entry.name not in known and not is_index_file(entry.name):
             problems.append(f"{entry} does not belong to a store: remove it")

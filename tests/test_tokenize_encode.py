@@ -1,7 +1,10 @@
 """muse-tokenize end to end with a tiny tokenizer: both backends, tasks, reruns, bad input."""
 
+import hashlib
 import io
+import json
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -11,18 +14,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipeline_factory import make_tokenizer
 
-from configs.load import load_config
+from configs.load import ConfigError, load_config
 from storage.pretrained import find_model
 from storage.reader import TokenStore
 from storage.verify import verify_store
 from storage.writer import expected_shards
 from tokenize_stage import encode
 from tokenize_stage.config import TokenizeConfig
+from tokenize_stage.pixels.config import PreprocessingConfig
 from tokenize_stage.pixels.decode import decode_image
+from tokenize_stage.pixels.views import Decoder
 from tokenize_stage.process import STOP_SIGNALS
+from tokenize_stage.sources.sample import InputShard
+from tokenize_stage.text.tokenizer import CaptionTokenizer, load_tokenizer
 from tokenize_stage.vq import load_vq_model
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
+from tokenize_stage.work.ledger import failures, record_failure, task_reports
+from tokenize_stage.work.plan import write_plan
 
 TINY = {"channel_mult": (1, 1), "num_res_blocks": 1, "z_channels": 8, "quantized_embed_dim": 8}
 
@@ -35,6 +45,25 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vq = MaskGitVQGAN(resolution=32, hidden_channels=32, num_embeddings=64, **TINY)
     vq.quantize.embedding.weight.data *= 20  # spread out, so that many codes are used
     vq.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another tokenizer, of other codes."""
+    path = tmp_path_factory.mktemp("models") / "fine"
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        MaskGitVQGAN(resolution=16, hidden_channels=32, num_embeddings=32, **TINY).save_pretrained(
+            path
+        )
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "clip"
+    make_tokenizer().save_pretrained(path)
     return path
 
 
@@ -84,8 +113,13 @@ def arguments(source: Path | str, tokenizer: Path | str, store: Path, *more: str
     ]
 
 
+def parts(store: Path) -> list[Path]:
+    """All that belongs to a store: what work/ says of its making does not."""
+    return [path for path in store.rglob("*") if path.relative_to(store).parts[0] != "work"]
+
+
 def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    return {str(p.relative_to(store)): p.read_bytes() for p in parts(store) if p.is_file()}
 
 
 @pytest.mark.parametrize("backend", ["zarr", "arrow"])
@@ -135,10 +169,22 @@ def test_two_tasks_make_the_store_that_one_makes_and_a_rerun_changes_nothing(
         assert left == (task == 1)
     assert files(one) == files(two)
 
-    written = {path: path.stat().st_mtime_ns for path in one.rglob("*")}
+    written = {path: path.stat().st_mtime_ns for path in parts(one)}
     assert encode.main(arguments(tars, tokenizer, one, *options)) == 0
     assert "5 finished before, 0 to do" in capsys.readouterr().out
-    assert written == {path: path.stat().st_mtime_ns for path in one.rglob("*")}
+    assert written == {path: path.stat().st_mtime_ns for path in parts(one)}
+
+
+def test_what_killed_runs_left_of_finished_shards_is_removed(
+    tokenizer: Path, tars: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    assert encode.main(arguments(f"{tars}/0.tar", tokenizer, store)) == 0
+    left = [store / f"shards/.staging/{number}.{'0' * 32}" for number in (0, 1)]
+    for folder in left:  # of a finished shard; of one that another task may be writing
+        folder.mkdir(parents=True)
+    assert encode.main(arguments(f"{tars}/0.tar", tokenizer, store)) == 0
+    assert [folder.exists() for folder in left] == [False, True]
 
 
 def test_slurm_numbers_split_the_work(
@@ -194,16 +240,21 @@ def test_what_cannot_be_encoded_is_counted_and_listed(
     assert encode.main(arguments(tmp_path / "in", tokenizer, tmp_path / "store")) == 0
     out = capsys.readouterr().out
     assert "encoded 3 images" in out
-    assert "skipped 9: bad image 4, no image 2, unreadable cls 2, tar cut short or corrupt 1" in out
+    assert "skipped 10: bad image 4, no image 2, unreadable cls 2, empty tar 1, tar cut" in out
 
     store = TokenStore(tmp_path / "store")
     assert store.shards == ["bad", "empty", "mixed", "short"]
     assert store.index.rows.tolist() == [0, 0, 2, 1]
     assert store.table(["key"])["key"].to_pylist() == ["001", "002", "005"]
     skipped = store.skipped().to_pylist()
-    assert [row["key"] for row in skipped] == ["cut", "text", "lone", "label"] * 2 + ["006"]
+    assert [row["key"] for row in skipped] == [
+        *["cut", "text", "lone", "label"],
+        "",
+        *["cut", "text", "lone", "label"],
+        "006",
+    ]
     assert skipped[0]["source"] == f"{tmp_path}/in/bad.tar"
-    assert all("truncated" in skipped[row]["reason"].lower() for row in (0, 4))
+    assert all("truncated" in skipped[row]["reason"].lower() for row in (0, 5))
     assert not verify_store(tmp_path / "store")
 
 
@@ -241,7 +292,10 @@ def test_a_finished_shard_made_from_other_input_is_not_taken_for_this_one(
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"dataset.shards_path_or_url": "{here}/none/*.tar"}, "no tar or folder at {here}/none"),
+        (
+            {"dataset.shards_path_or_url": "{here}/none/*.tar"},
+            "no tar, table or folder at {here}/none",
+        ),
         ({"dataset.shards_path_or_url": "{here}"}, "{here} holds neither tars nor jpg"),
         ({"model.vq_model.pretrained": "{here}/none"}, "{here}/none is neither a folder nor"),
         ({"store.path": "/dev/null/store"}, "store.path=/dev/null/store cannot be written"),
@@ -279,15 +333,34 @@ def test_a_store_of_another_kind_is_refused(
     assert TokenStore(store).shards == ["0"]
 
 
-def test_a_failure_that_is_not_the_datas_stops_and_leaves_no_half_shard(
-    tokenizer: Path, tars: Path, tmp_path: Path
+def test_an_input_that_cannot_be_read_is_noted_and_the_others_go_on(
+    tokenizer: Path, tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    source = f"{tars}/0.tar::pipe:cat {tars}/1.tar; exit 3 # 1.tar"
-    with pytest.raises(OSError):
-        encode.main(arguments(source, tokenizer, tmp_path / "store"))
-    assert TokenStore(tmp_path / "store").shards == ["0"]
-    assert encode.main(arguments(tars, tokenizer, tmp_path / "store")) == 0
-    assert len(TokenStore(tmp_path / "store")) == 35
+    store = tmp_path / "store"
+    broken = f"pipe:head -c 9000 {tars}/1.tar; exit 3 # 1.tar"
+    argv = arguments(f"{tars}/0.tar::{tars}/2.tar::{broken}", tokenizer, store)
+    assert encode.main([*argv, "dataset.read_attempts=1"]) == 3
+    out = capsys.readouterr().out
+    assert "failed: input shard 1: " in out and "status 3" in out
+    assert "next: 1 of 3 input shards are still to be encoded" in out
+    assert TokenStore(store).shards == ["0", "2"] and len(TokenStore(store)) == 14
+    assert [*failures(store)] == ["1"] and "status 3" in failures(store)["1"]["reason"]
+    assert task_reports(store)[0]["state"] == "failed"
+
+    whole = f"dataset.shards_path_or_url={tars}/{{0..4}}.tar"
+    for only, todo in (("failed", 1), ("missing", 2)):
+        assert encode.main([*argv, whole, f"only={only}"]) == 0
+        assert f"{todo} to do" in capsys.readouterr().out
+    assert failures(store) == {} and len(TokenStore(store)) == 35
+
+
+def test_only_missing_leaves_alone_what_failed_before(
+    tokenizer: Path, tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    record_failure(tmp_path / "store", "2", "timed out")
+    assert encode.main(arguments(tars, tokenizer, tmp_path / "store", "only=missing")) == 0
+    assert TokenStore(tmp_path / "store").shards == ["0", "1", "3", "4"]
+    assert "next: 1 of 5 input shards" in capsys.readouterr().out
 
 
 def test_reduced_precision_encodes_nearly_the_same(
@@ -308,8 +381,93 @@ def test_main_gives_the_signal_handlers_back(tokenizer: Path, tars: Path, tmp_pa
     assert before == [signal.getsignal(number) for number in STOP_SIGNALS]
 
 
+def test_one_pass_of_two_tokenizers_views_and_text_is_what_each_alone_gives(
+    tokenizer: Path, fine: Path, clip: Path, tars: Path, tmp_path: Path
+) -> None:
+    argv = arguments(tars, tokenizer, tmp_path / "store", f"text.tokenizers.clip={clip}")
+    argv = [word for word in argv if not word.startswith("model.")]
+    argv += [f"model.vq_models.f2.pretrained={tokenizer}"]
+    argv += [f"model.vq_models.small.pretrained={fine}", "model.vq_models.small.resolution=16"]
+    views = ["centre", "random_flip", "random"]
+    assert encode.main([*argv, f"dataset.preprocessing.views=[{','.join(views)}]"]) == 0
+
+    store = TokenStore(tmp_path / "store")
+    assert len(store) == 3 * 35 and store.meta.resolution == 32
+    assert store.meta.transform["resolutions"] == {"codes_f2": 32, "codes_small": 16}
+    assert [*store.meta.arrays] == ["codes_f2", "codes_small", "text_ids_clip"]
+    decoder = Decoder(PreprocessingConfig(resolution=32, views=views), [32, 16])
+    models = {"f2": load_vq_model(tokenizer), "small": load_vq_model(fine)}
+    rows = store.table().to_pylist()
+    for number, row in enumerate(rows):
+        seed, view = divmod(number, 3)
+        image_hash = hashlib.sha256(picture(seed)).hexdigest()
+        want = decoder.decode(picture(seed), image_hash)[view]
+        assert (row["key"], row["view"], row["flipped"]) == (f"{seed:03}", want.view, want.flipped)
+        assert row["image_hash"] == image_hash
+        assert row["crop_left"] == pytest.approx(want.crop_left, abs=1e-5)
+        for column, pixels in zip(models, want.pixels, strict=True):
+            codes = models[column].encode(torch.from_numpy(pixels)[None] / 255)
+            assert (store.read_codes([number], f"codes_{column}") == codes.numpy()).all()
+    ids = CaptionTokenizer(load_tokenizer(clip), None, "clip")([row["caption"] for row in rows])
+    assert (store.read_codes(slice(None), "text_ids_clip") == ids.ids).all()
+    assert [row["text_length_clip"] for row in rows] == ids.lengths.tolist()
+    assert not verify_store(tmp_path / "store")
+
+
+def test_what_is_rejected_before_decoding_is_listed_and_metadata_is_stored(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    members = []
+    for seed, about in enumerate([{"url": "http://good/0"}, {"url": "http://bad/1"}, {}]):
+        members += [(f"{seed}.jpg", picture(seed, "JPEG") if seed != 1 else b"never decoded")]
+        members += [(f"{seed}.json", json.dumps({**about, "punsafe": 0.25}).encode())]
+    write_tar(tmp_path / "in.tar", members)
+    (tmp_path / "denied.txt").write_text("bad\n")
+    denied = f"filters.deny_domains=[{tmp_path}/denied.txt]"
+    argv = arguments(tmp_path / "in.tar", tokenizer, tmp_path / "store", denied)
+    assert encode.main(argv) == 0
+    assert "skipped 1: denied domain 1" in capsys.readouterr().out
+    store = TokenStore(tmp_path / "store")
+    assert store.skipped()["key"].to_pylist() == ["1"]
+    rows = store.table(["key", "url", "nsfw_score", "flipped"]).to_pylist()
+    assert [row["url"] for row in rows] == ["http://good/0", None]
+    assert [row["nsfw_score"] for row in rows] == [0.25, 0.25]
+    assert [row["flipped"] for row in rows] == [False, False]
+
+
+def test_a_plan_is_followed_and_the_written_configuration_goes_on(
+    tokenizer: Path, tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    store = tmp_path / "store"
+    write_plan(store, [InputShard(name, f"{tars}/{name}.tar") for name in "0123"])
+    argv = arguments("not/looked/at", tokenizer, store, "task=1", "tasks=3")
+    assert encode.main(argv) == 0
+    assert TokenStore(store).shards == ["1"] and expected_shards(store) == set("0123")
+    assert encode.main([f"config={store}/work/config.yaml"]) == 0  # as one task
+    assert "4 of 4 input shards, 1 finished before, 3 to do" in capsys.readouterr().out
+    assert TokenStore(store).shards == ["0", "1", "2", "3"]
+    assert (store / "sealed.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["model.vq_models.f8.pretrained=x"], "both are given; give one"),
+        (["model.vq_model.pretrained=null"], "one must be given; give one"),
+        (
+            ["model.vq_model.pretrained=null", "model.vq_models.F-8.pretrained=x"],
+            "model.vq_models.F-8: names are of a-z",
+        ),
+        (["encode.batch_size=0"], "encode.batch_size=0: it must be at least 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(given: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(TokenizeConfig, [*arguments("in", "model", Path("store")), *given])
+
+
 @pytest.mark.parametrize("path", sorted(Path("configs/tokenize").glob("*.yaml")), ids=str)
 def test_shipped_configs_are_complete_but_for_what_they_leave_open(path: Path) -> None:
     given = ["dataset.shards_path_or_url=x", "store.path=y"]
     config = load_config(TokenizeConfig, [f"config={path}", *given])
-    assert config.model.vq_model.pretrained and config.encode.dtype == "float32"
+    assert (config.model.vq_model.pretrained is None) != (not config.model.vq_models)

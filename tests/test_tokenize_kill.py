@@ -1,5 +1,7 @@
 """kill -9 of muse-tokenize at random instants, and polite stops: the store comes out the same.
 
+    MUSE_KILLS=100 pytest tests/test_tokenize_kill.py -k killed -s
+
 One process imports torch and then forks each run, so that a run lasts a fraction of a second and
 every kill falls into work.
 """
@@ -14,6 +16,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,15 +26,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipeline_factory import make_tokenizer
 from webdataset import TarWriter
 
 from storage.reader import TokenStore
 from storage.writer import finished_shards
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 
-KILLS = 24
+KILLS = int(os.environ.get("MUSE_KILLS", "12"))  # for each backend
+TARS, ROWS = 5, 20
 FORKER = """
 import os, sys, json
+from transformers import AutoTokenizer
 from tokenize_stage.encode import main
 for line in sys.stdin:  # argv -> a child that runs it, its process id; "wait" -> its exit status
     argv = json.loads(line)
@@ -85,30 +91,40 @@ def forker():
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Arguments of a run over five tars of 12 images each, two of them broken."""
+    """Arguments of a run over five tars of 12 images each, two of them broken.
+
+    Two tokenizers at two resolutions, two views, ids of the captions; batches cross the tars.
+    """
     folder = tmp_path_factory.mktemp("kill")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        MaskGitVQGAN(
-            resolution=32,
-            hidden_channels=32,
-            channel_mult=(1, 1),
-            num_res_blocks=1,
-            z_channels=8,
-            quantized_embed_dim=8,
-            num_embeddings=64,
-        ).save_pretrained(folder / "vq")
+    for name, codes in (("coarse", 64), ("fine", 32)):
+        with torch.random.fork_rng():
+            torch.manual_seed(codes)
+            MaskGitVQGAN(
+                resolution=32,
+                hidden_channels=32,
+                channel_mult=(1, 1),
+                num_res_blocks=1,
+                z_channels=8,
+                quantized_embed_dim=8,
+                num_embeddings=codes,
+            ).save_pretrained(folder / name)
+    make_tokenizer().save_pretrained(folder / "clip")
     rng = np.random.default_rng(0)
-    for number in range(5):
+    for number in range(TARS):
         with TarWriter(str(folder / f"{number}.tar")) as tar:
             for index in range(12):
                 buffer = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(buffer, "PNG")
+                Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(buffer, "PNG")
                 data = buffer.getvalue() if index % 10 else b"broken"
-                tar.write({"__key__": f"{number}-{index:02}", "png": data, "cls": index})
+                key = f"{number}-{index:02}"
+                tar.write({"__key__": key, "png": data, "cls": index, "txt": "words " * index})
     return [
         f"dataset.shards_path_or_url={folder}",
-        f"model.vq_model.pretrained={folder}/vq",
+        f"model.vq_models.f2.pretrained={folder}/coarse",
+        f"model.vq_models.small.pretrained={folder}/fine",
+        "model.vq_models.small.resolution=16",
+        f"text.tokenizers.clip={folder}/clip",
+        "dataset.preprocessing.views=[centre,random_flip]",
         "dataset.preprocessing.resolution=32",
         "encode.batch_size=8",
         "encode.device=cpu",
@@ -116,13 +132,17 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def content(store: Path) -> dict[str, bytes | None]:
-    """Every file and folder below a store, hidden ones too."""
-    paths = sorted(store.rglob("*"))
-    return {str(p.relative_to(store)): p.read_bytes() if p.is_file() else None for p in paths}
+    """Every file and folder of a store, hidden ones too; work/ is none of it."""
+    paths = [path.relative_to(store) for path in sorted(store.rglob("*"))]
+    return {
+        str(path): (store / path).read_bytes() if (store / path).is_file() else None
+        for path in paths
+        if path.parts[0] != "work"
+    }
 
 
 @pytest.mark.parametrize("backend", ["zarr", "arrow"])
-def test_killed_at_random_instants_and_run_again_equals_uninterrupted(
+def test_killed_again_and_again_at_random_instants_equals_uninterrupted(
     forker: Forker, arguments: list[str], tmp_path: Path, backend: str
 ) -> None:
     argv = [*arguments, f"store.backend={backend}"]
@@ -134,26 +154,29 @@ def test_killed_at_random_instants_and_run_again_equals_uninterrupted(
     duration_s = time.monotonic() - start
     whole = content(tmp_path / "whole")
     assert whole == content(tmp_path / "first")
-    assert len(TokenStore(tmp_path / "whole")) == 5 * 10
+    assert len(TokenStore(tmp_path / "whole")) == TARS * ROWS
 
-    rng, finished = random.Random(0), []
-    for number in range(4 * KILLS):  # on a busy machine some fall before or after the work
-        fell_into_work = sum(0 < count < 5 for count in finished)
-        if number >= KILLS // 2 and fell_into_work >= KILLS // 8:
+    rng, left = random.Random(0), []  # shards finished, after each kill
+    for number in range(8 * KILLS):  # each a run, killed unless it was done before
+        if len(left) >= KILLS and sum(0 < count < TARS for count in left) >= KILLS // 8:
             break
-        store = tmp_path / str(number)
+        store = tmp_path / "killed"
         child = forker.start([*argv, f"store.path={store}"])
-        time.sleep(duration_s * (number % (KILLS // 2) + rng.random()) / (KILLS // 2))
+        time.sleep(duration_s * rng.random())
         os.kill(child, signal.SIGKILL)
         status = forker.wait()
         assert status in (-9, 0)
-        finished.append(len(finished_shards(store)))
-        for name, manifest in finished_shards(store).items():
-            assert (manifest["rows"], manifest["skipped"]) == (10, 2), name
-        forker.start([*argv, f"store.path={store}"])
-        assert forker.wait() == 0
-        assert content(store) == whole, f"killed with {finished[-1]} shards finished"
-    assert sum(0 < count < 5 for count in finished) >= KILLS // 8, finished  # fell into work
+        finished = finished_shards(store)
+        left += [len(finished)] * (status == -9)
+        for name, manifest in finished.items():
+            assert (manifest["rows"], manifest["skipped"]) == (ROWS, 2), name
+        if len(finished) == TARS or number % 5 == 4:
+            forker.start([*argv, f"store.path={store}"])
+            assert forker.wait() == 0
+            assert content(store) == whole, f"killed with these finished: {left}"
+            store.rename(tmp_path / str(number))
+    print(f"{len(left)} kills, shards finished by then: {Counter(left)}")
+    assert len(left) >= KILLS and sum(0 < count < TARS for count in left) >= KILLS // 8, left
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -165,7 +188,7 @@ def test_a_stop_signal_keeps_finished_shards_and_exits_with_75(
     wait_until(lambda: finished_shards(tmp_path / "store"))
     os.kill(child, number)
     assert forker.wait() == 75
-    assert 1 <= len(finished_shards(tmp_path / "store")) < 5
+    assert 1 <= len(finished_shards(tmp_path / "store")) < TARS
     forker.start(argv)
     assert forker.wait() == 0
     forker.start([*argv, f"store.path={tmp_path}/whole"])
@@ -184,15 +207,14 @@ def seconds_to_stop(forker: Forker, child: int) -> float:
     return time.monotonic() - started
 
 
-def test_a_stop_signal_ends_a_run_whose_input_stalls(
+def test_an_input_that_stalls_holds_up_neither_what_is_before_it_nor_a_stop_signal(
     forker: Forker, arguments: list[str], tmp_path: Path
 ) -> None:
     fifo = tmp_path / "stalls.tar"
     os.mkfifo(fifo)
-    source = f"pipe:cat {fifo}"
-    child = forker.start(
-        [*arguments, f"dataset.shards_path_or_url={source}", f"store.path={tmp_path}/store"]
-    )
+    folder = arguments[0].partition("=")[2]
+    source = f"dataset.shards_path_or_url={folder}/0.tar::pipe:cat {fifo}"
+    child = forker.start([*arguments, source, f"store.path={tmp_path}/store"])
     ends: list[int] = []
 
     def is_being_read() -> list[int]:
@@ -202,10 +224,11 @@ def test_a_stop_signal_ends_a_run_whose_input_stalls(
 
     wait_until(is_being_read)
     try:
+        wait_until(lambda: finished_shards(tmp_path / "store"))  # in a batch that is not full
         assert seconds_to_stop(forker, child) < 5
     finally:
         os.close(ends[0])  # the end of the file for `cat`
-    assert not finished_shards(tmp_path / "store")
+    assert [*finished_shards(tmp_path / "store")] == ["0"]
 
 
 def test_a_stop_signal_ends_a_run_whose_samples_are_all_rejected(

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-EXIT_REFUSED, EXIT_STOPPED = 2, 75  # 75: stopped, to be run again (EX_TEMPFAIL)
+EXIT_REFUSED, EXIT_FAILED = 2, 3  # before any work; some of it
+EXIT_STOPPED = 75  # to be run again (EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

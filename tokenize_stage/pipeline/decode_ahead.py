@@ -1,131 +1,152 @@
 """Steps 1 and 2 ahead of the encoder: one thread reads, a pool decodes, the order stays.
 
-What is read but not yet encoded is bounded: 4 samples a decoding thread plus the queue.
+What is read but not yet encoded is bounded in number, and in bytes while it is undecoded. The next
+input shard is opened while one is read, so that its first byte is not waited for.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
-from queue import Empty, Full, Queue
-from threading import Event, Thread
-from typing import TypeVar
+from threading import Condition, Event, Thread
 
-from tokenize_stage.pixels.decode import BadImage, Picture, decode_image
+from tokenize_stage.pipeline.ahead import run_ahead
+from tokenize_stage.pipeline.rows import Outcome, Prepare, Row
 from tokenize_stage.process import Stopped
-from tokenize_stage.sources.input_shards import InputShard
-from tokenize_stage.sources.read import read_samples
-from tokenize_stage.sources.sample import Sample, Skipped
+from tokenize_stage.sources.sample import InputShard, Sample, Skipped
 
-T = TypeVar("T")
-POLL_S = 0.1  # between two looks at whether to stop
-JOIN_S = 2  # given to a reading thread to end; a stalled read may never
+UNDECODED_BYTES = 256 * 2**20
+IDLE_S = 2.0  # without a next sample: what is ready is encoded, however little
+Read = Callable[[InputShard], Iterator[Sample | Skipped]]
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A sample and its picture, ready to be encoded."""
+class End:
+    """What follows the last sample of every input shard; failure: why it cannot be read."""
 
-    sample: Sample
-    picture: Picture
+    failure: str | None = None
 
 
-Outcome = Decoded | Skipped | None
-"""What became of the next sample; None closes every shard, an empty one too."""
+Step = tuple[InputShard, Row | Skipped | End]
 
 
 def decode_ahead(
-    shards: Iterable[InputShard], resolution: int, threads: int, queue_size: int, stop: Event
-) -> Generator[Outcome, None, None]:
-    """Yields the outcomes of all shards in order, while later ones are read and decoded.
+    shards: Iterable[InputShard],
+    read: Read,
+    prepare: Callable[[InputShard], Prepare],
+    threads: int,
+    ahead: int,
+    stop: Event,
+) -> Generator[Step | None, None, None]:
+    """Yields the rows of all shards in order, while later ones are read and decoded.
 
-    Close the generator to stop early. Raises what reading an input raises, in its turn, and
-    Stopped once `stop` is set, also where the next outcome does not come.
+    prepare: of a shard, its function from a sample to rows. ahead: samples held at most, beside
+    four for each thread. None comes after IDLE_S without a next step. Close the generator to stop
+    early. Raises what a thread raises, in its turn, and Stopped once `stop` is set.
     """
-    return _in_thread(_decode(shards, resolution, threads), queue_size, stop)
-
-
-def _decode(
-    shards: Iterable[InputShard], resolution: int, threads: int
-) -> Generator[Outcome, None, None]:
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        pending: deque[Future[Outcome]] = deque()
-        for future in _submit(shards, resolution, pool):
-            pending.append(future)
-            if len(pending) > 4 * threads:
-                yield pending.popleft().result()
-        for future in pending:
-            yield future.result()
+    submitted = _submit(shards, read, prepare, threads, stop)
+    with closing(run_ahead(submitted, 4 * threads + ahead, stop, IDLE_S)) as steps:
+        for step in steps:
+            if step is None:
+                yield None
+                continue
+            shard, future = step
+            outcome = future.result()
+            for one in outcome if isinstance(outcome, list) else [outcome]:
+                yield shard, one
 
 
 def _submit(
-    shards: Iterable[InputShard], resolution: int, pool: ThreadPoolExecutor
-) -> Iterator[Future[Outcome]]:
-    for shard in shards:
-        try:
-            for sample in read_samples(shard):
-                yield pool.submit(_decode_one, sample, resolution)
-            yield pool.submit(lambda: None)
-        except Exception as error:  # takes its turn: what was read before is still encoded
-            failed: Future[Outcome] = Future()
-            failed.set_exception(error)
-            yield failed
-            return
-
-
-def _decode_one(sample: Sample | Skipped, resolution: int) -> Decoded | Skipped:
-    if isinstance(sample, Skipped):
-        return sample
+    shards: Iterable[InputShard],
+    read: Read,
+    prepare: Callable[[InputShard], Prepare],
+    threads: int,
+    stop: Event,
+) -> Generator[tuple[InputShard, Future[Outcome | End]], None, None]:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    undecoded = _Undecoded()
     try:
-        return Decoded(sample, decode_image(sample.data, resolution))
-    except BadImage as error:
-        return Skipped(sample.key, sample.source, f"bad image: {error}")
-
-
-@dataclass(frozen=True)
-class _End:
-    error: BaseException | None = None
-
-
-def _in_thread(
-    items: Generator[T, None, None], queue_size: int, stop: Event
-) -> Generator[T, None, None]:
-    """Runs a generator in a thread of its own, at most queue_size items ahead."""
-    queue: Queue[T | _End] = Queue(queue_size)
-    closed = Event()
-
-    def put(item: T | _End) -> None:
-        while not closed.is_set():
-            with suppress(Full):
-                return queue.put(item, timeout=POLL_S)
-
-    def fill() -> None:
-        try:
-            with closing(items):
-                for item in items:
-                    put(item)
-                    if closed.is_set():
-                        return
-            put(_End())
-        except BaseException as error:  # raised again where the items are used
-            put(_End(error))
-
-    thread = Thread(target=fill, name="read", daemon=True)
-    thread.start()
-    try:
-        while not stop.is_set():
+        for shard, samples in _opened_ahead(shards, read):
+            failure = None
             try:
-                item = queue.get(timeout=POLL_S)
-            except Empty:
-                continue
-            if not isinstance(item, _End):
-                yield item
-            elif item.error is None:
-                return
-            elif not stop.is_set():  # else Ctrl-C has ended a `pipe:` command, too
-                raise item.error
-        raise Stopped
+                work = undecoded.forgotten_after(prepare(shard))
+                for sample in samples:
+                    if isinstance(sample, Skipped):
+                        yield shard, _done(sample)
+                    else:
+                        undecoded.add(sample)
+                        yield shard, pool.submit(work, sample)
+            except (OSError, ValueError) as error:
+                failure = str(error) or repr(error)
+            if stop.is_set():  # a source that is told to stop may end without having ended
+                raise Stopped
+            yield shard, _done(End(failure))
+    except GeneratorExit:  # nobody waits for the pictures any more
+        pool.shutdown(cancel_futures=True)
+        raise
     finally:
-        closed.set()
-        thread.join(JOIN_S)
+        pool.shutdown()
+
+
+class _Undecoded:
+    """Counts the bytes of the samples that wait to be decoded, and holds up who reads too many."""
+
+    def __init__(self) -> None:
+        self._bytes, self._fewer = 0, Condition()
+
+    def add(self, sample: Sample) -> None:
+        size = len(sample.data)
+        with self._fewer:
+            self._fewer.wait_for(lambda: not self._bytes or self._bytes + size <= UNDECODED_BYTES)
+            self._bytes += size
+
+    def forgotten_after(self, prepare: Prepare) -> Prepare:
+        def work(sample: Sample) -> Outcome:
+            try:
+                return prepare(sample)
+            finally:
+                with self._fewer:
+                    self._bytes -= len(sample.data)
+                    self._fewer.notify()
+
+        return work
+
+
+def _opened_ahead(
+    shards: Iterable[InputShard], read: Read
+) -> Iterator[tuple[InputShard, Iterator[Sample | Skipped]]]:
+    """Every shard and its samples, the first of them read while the shard before is used."""
+    opened: deque[tuple[InputShard, Iterator[Sample | Skipped]]] = deque()
+    for shard in shards:
+        opened.append((shard, _open(read, shard)))
+        if len(opened) > 1:
+            yield opened.popleft()
+    yield from opened
+
+
+def _open(read: Read, shard: InputShard) -> Iterator[Sample | Skipped]:
+    samples = read(shard)
+    first: Future[list[Sample | Skipped]] = Future()
+
+    def begin() -> None:
+        try:
+            first.set_result([next(samples)])
+        except StopIteration:
+            first.set_result([])
+        except BaseException as error:  # raised again where the samples are used
+            first.set_exception(error)
+
+    Thread(target=begin, name="open", daemon=True).start()
+
+    def all_samples() -> Iterator[Sample | Skipped]:
+        yield from first.result()
+        yield from samples
+
+    return all_samples()
+
+
+def _done(outcome: Skipped | End) -> Future[Outcome | End]:
+    future: Future[Outcome | End] = Future()
+    future.set_result(outcome)
+    return future
