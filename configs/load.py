@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 Schema = TypeVar("Schema")
 
@@ -48,7 +49,7 @@ def load_config(schema: type[Schema], argv: list[str] | None = None) -> Schema:
     layers = [OmegaConf.structured(schema)]
     if path is not None:
         layers.append(_read_yaml(path))
-    layers.append(OmegaConf.from_dotlist(overrides))
+    layers.append(_read_words(overrides))
     for layer in layers[1:]:
         _refuse_unknown(schema, OmegaConf.to_container(layer))
     return _build(layers, path)
@@ -115,6 +116,17 @@ def _read_yaml(path: Path) -> Any:
         found = ", ".join(map(str, near or sorted(Path(__file__).parent.rglob("*.yaml"))))
         raise ConfigError(f"config={path} does not exist; there are: {found}")
     return OmegaConf.load(path)
+
+
+def _read_words(words: list[str]) -> Any:
+    """`key=value` arguments. Raises ConfigError, naming the word, for a value that is no YAML."""
+    for word in words:
+        try:
+            OmegaConf.from_dotlist([word])
+        except (YAMLError, OmegaConfBaseException) as error:
+            problem = str(error).splitlines()[0]
+            raise ConfigError(f"cannot read {word!r}: {problem}; lists are [a,b]") from None
+    return OmegaConf.from_dotlist(words)
 
 
 def _build(layers: list[Any], path: Path | None) -> Any:

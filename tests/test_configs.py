@@ -56,6 +56,7 @@ def test_command_line_beats_yaml_beats_defaults(tmp_path):
     [
         (["path=x", "model.hiden_size=3"], ["model.hiden_size", "model.hidden_size"]),
         (["path=x", "open.hiden_size=3"], ["open.hiden_size", "open.hidden_size"]),
+        (["path=[x,y # z]"], ["path=[x,y # z]", "lists are"]),
         (["path=x", "modell.hidden_size=3"], ["modell", "did you mean model?"]),
         (["path=x", "model.hidden_size=wide"], ["model.hidden_size", "wide"]),
         (["path=x", "open.hidden_size=wide"], ["open.hidden_size", "wide"]),
