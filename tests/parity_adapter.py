@@ -5,17 +5,26 @@ tests/test_parity.py, and by any checker that speaks the same protocol (build, c
 """
 
 import functools
+import itertools
 import math
 import random
 
 import torch
 
+from tokenize_stage.selection import metadata
+from tokenize_stage.selection.captions import merge_person_tokens
+from tokenize_stage.selection.config import FiltersConfig
+from tokenize_stage.selection.filters import Selection
+from tokenize_stage.sources.config import DatasetConfig
+from tokenize_stage.sources.input_shards import list_input_shards
+from tokenize_stage.sources.sample import Sample
 from tokenize_stage.vq.amused_vq import config_from_amused, state_from_amused
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from tokenize_stage.vq.model import VQModel
 from tokenize_stage.vq.movq import MOVQ
 from tokenize_stage.vq.paella_vq import PaellaVQModel
 from tokenize_stage.vq.vqgan import VQGANModel
+from tokenize_stage.work.work_split import share_of
 from train_stage import amused, loss, masking, parallel_decoding, sampling
 from train_stage.ema import EMA
 from train_stage.mask_schedule import get_mask_schedule
@@ -257,8 +266,74 @@ def amused_add_noise(config, steps, timestep, sample, generator):
     return sampling.add_mask_noise(sample, float(ratio), config["mask_token_id"], generator)
 
 
+# data: filters, metadata and names of the reference's training/data.py and scripts/pre_encode.py
+
+
+def select_sample(
+    meta,
+    min_size=256,
+    max_pwatermark=0.5,
+    min_aesthetic_score=4.9,
+    max_pnsfw=None,
+    require_marked_as_not_getty=False,
+    require_marked_as_ok_by_spawning=False,
+):
+    marks = {
+        "nsfw": max_pnsfw is not None,
+        "getty": require_marked_as_not_getty,
+        "spawning": require_marked_as_ok_by_spawning,
+    }
+    filters = FiltersConfig(
+        min_size=min_size,
+        max_watermark=max_pwatermark,
+        min_aesthetic_score=min_aesthetic_score,
+        max_nsfw=max_pnsfw,
+        drop_getty=require_marked_as_not_getty,
+        drop_spawning=require_marked_as_ok_by_spawning,
+        require_metadata=["size", "aesthetic", "watermark", *(k for k, v in marks.items() if v)],
+    )
+    sample = Sample("key", b"", None, None, "source", meta)
+    return Selection(filters).for_shard("shard").check(sample, "0" * 64) is None
+
+
+def orig_size(meta):
+    return [side or 0 for side in metadata.original_size(meta)]
+
+
+def aesthetic_score(meta):
+    return next(iter(metadata.aesthetic_scores(meta)), 0)
+
+
+def best_of_synthetic(scores, numbers):
+    """Of a sample with several images; of ours each image is a sample of its own."""
+    values = [float(score) for score in scores.split(",")]
+    best = numbers[values.index(max(values))]
+    return [f"image {best}", {"aesthetic": 5, "original_width": 1024, "original_height": 1024}]
+
+
+def distribute_shards(first, last, tasks):
+    """Consecutive shards for each task; ours take every tasks-th (work_split.share_of)."""
+    bounds = [first]
+    for task in range(tasks):
+        bounds.append(bounds[-1] + len(share_of(range(first, last + 1), task, tasks)))
+    return [[start, end - 1] for start, end in itertools.pairwise(bounds)]
+
+
+def tar_file_name(url):
+    (shard,) = list_input_shards(DatasetConfig(shards_path_or_url=url))
+    return f"{shard.name}.tar"
+
+
 def functions():
     return {
+        "select_sample": select_sample,
+        "orig_size": orig_size,
+        "aesthetic_score": aesthetic_score,
+        "merge_person_tokens": merge_person_tokens,
+        "best_of_synthetic": best_of_synthetic,
+        "distribute_shards": distribute_shards,
+        "format_shard_number": "{:05}".format,
+        "tar_file_name": tar_file_name,
         "get_mask_schedule": get_mask_schedule,
         "mask_schedule": mask_schedule,
         "gumbel_noise": gumbel_noise,
