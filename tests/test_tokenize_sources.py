@@ -1,6 +1,7 @@
 """Step 1: what list_input_shards finds and what read_samples makes of good and broken inputs."""
 
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from tokenize_stage.sources.config import DatasetConfig
+from tokenize_stage.sources.config import ColumnsConfig, DatasetConfig
 from tokenize_stage.sources.input_shards import list_input_shards
 from tokenize_stage.sources.read import read_samples
 from tokenize_stage.sources.sample import InputShard, Sample, Skipped
@@ -166,6 +167,15 @@ def test_tar_samples_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> No
     ]
     theirs = webdataset.WebDataset(str(path), shardshuffle=False)
     assert [s.key for s in samples] == [s["__key__"] for s in theirs]
+
+
+def test_captions_may_have_another_name_in_the_json(tmp_path: Path) -> None:
+    members = {"1.jpg": JPG, "1.txt": b"not this", "1.json": b'{"top_caption": "this"}'}
+    place = write_tar(tmp_path / "a.tar", {**members, "2.jpg": JPG, "2.txt": b"nor this"})
+    columns = ColumnsConfig(caption="top_caption")
+    (shard,) = list_input_shards(DatasetConfig(str(place), columns=columns))
+    for one in (shard, InputShard.from_json(json.loads(json.dumps(shard.to_json())))):
+        assert [s.caption for s in read_samples(one) if isinstance(s, Sample)] == ["this", None]
 
 
 @pytest.mark.parametrize(

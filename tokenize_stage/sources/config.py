@@ -13,7 +13,8 @@ class ColumnsConfig:
     image: str | None = None
     """Column of image bytes, {bytes, path}, paths or URLs; None: image, jpg, url or a like name."""
     caption: str | None = None
-    """Column of captions; None: caption, text, txt or prompt, if there is one."""
+    """Column of captions; None: caption, text, txt or prompt, if there is one. Of tars, the name in
+    the json, such as alt_text or top_caption; None: the member txt, else caption in the json."""
     class_id: str | None = None
     """Column of class numbers, or names of dataset.class_index; None: class_id, label or cls."""
     key: str | None = None

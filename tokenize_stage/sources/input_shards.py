@@ -44,7 +44,7 @@ def list_input_shards(dataset: DatasetConfig) -> list[InputShard]:
             tables += found
         else:
             shards += folder_shards(place, dataset.images_per_shard, classes)
-    shards += tar_shards(tars, classes)
+    shards += tar_shards(tars, classes, dataset.columns.caption)
     per_shard, columns = dataset.images_per_shard, dataset.columns
     listed = map_ahead(
         lambda path: table_shards(path, per_shard, columns, classes), tables, AT_ONCE

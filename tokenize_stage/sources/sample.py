@@ -27,12 +27,13 @@ class TablePart:
 
 @dataclass(frozen=True)
 class TarPart:
-    """A tar in which all images are of one class; it may lie within another tar."""
+    """A tar of which more is to be said than its place; it may lie within another tar."""
 
     path: str
-    class_id: int
+    class_id: int | None  # of all its images
     offset: int = 0
     size: int | None = None  # None: up to the end of the file
+    caption: str | None = None  # what captions are called in the metadata
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,13 @@ TAR_OF_TARS = re.compile(r"ILSVRC\w*\.tar")  # ImageNet's ILSVRC2012_img_train.t
 READ_SUFFIXES = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 
 
-def tar_shards(places: list[str], classes: ClassIndex) -> list[InputShard]:
+def tar_shards(
+    places: list[str], classes: ClassIndex, caption: str | None = None
+) -> list[InputShard]:
     """A shard a tar, named by it; of a local ILSVRC….tar, a shard for every tar within.
 
-    A tar with the name of a WordNet id is a class. Raises ValueError for what is no tar by name.
+    A tar with the name of a WordNet id is a class. caption: the name that captions have in the
+    metadata; None: a member txt, else "caption". Raises ValueError for what is no tar by name.
     """
     tars = [tar for place in places for tar in _inner_tars(place) or [(place, place, 0, None)]]
     names = [_tar_name(source) for source, *_ in tars]
@@ -45,7 +48,9 @@ def tar_shards(places: list[str], classes: ClassIndex) -> list[InputShard]:
     classes = classes if classes.ids else index_of(sorted(labels))
     shards = []
     for name, (source, path, offset, size) in zip(names, tars, strict=True):
-        part = TarPart(path, classes.of(name), offset, size) if name in labels else None
+        class_id = classes.of(name) if name in labels else None
+        is_plain = name not in labels and caption is None
+        part = None if is_plain else TarPart(path, class_id, offset, size, caption)
         shards.append(InputShard(name, source, class_names=classes.names, tar=part))
     return shards
 
@@ -57,7 +62,7 @@ def read_tar(
 
     Raises OSError when its bytes cannot be had: no such file, a failed disk, network or command.
     """
-    class_id = shard.tar.class_id if shard.tar else None
+    class_id, caption = (shard.tar.class_id, shard.tar.caption) if shard.tar else (None, None)
     is_empty = True
     with _open(shard, watch, patience.timeout_s) as stream:
         for sample in read_tar_samples(
@@ -67,7 +72,7 @@ def read_tar(
             patience.max_shard_bytes,
         ):
             is_empty = False
-            yield _to_sample(sample, shard.source, class_id)
+            yield _to_sample(sample, shard.source, class_id, caption)
     if is_empty:
         yield Skipped("", shard.source, "empty tar: it has no samples")
 
@@ -119,7 +124,9 @@ class _Part(Stream):
         return data
 
 
-def _to_sample(sample: TarSample, source: str, class_id: int | None) -> Sample | Skipped:
+def _to_sample(
+    sample: TarSample, source: str, class_id: int | None, caption_name: str | None
+) -> Sample | Skipped:
     parts, key = sample.parts, sample.key
     if sample.fault:
         return Skipped(key, source, sample.fault)
@@ -134,8 +141,11 @@ def _to_sample(sample: TarSample, source: str, class_id: int | None) -> Sample |
             class_id = checked_class_id(int(parts["cls"]))
         reading = "json"
         metadata = _metadata(parts["json"]) if "json" in parts else {}
-        reading = "txt" if "txt" in parts else "json"
-        caption = parts["txt"].decode() if "txt" in parts else metadata.get("caption")
+        if caption_name is None and "txt" in parts:
+            reading = "txt"
+            caption = parts["txt"].decode()
+        else:
+            caption = metadata.get(caption_name or "caption")
         caption = checked_caption(caption)
     except (ValueError, RecursionError) as error:
         return Skipped(key, source, f"unreadable {reading}: {error}")
