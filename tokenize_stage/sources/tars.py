@@ -141,11 +141,10 @@ def _to_sample(
             class_id = checked_class_id(int(parts["cls"]))
         reading = "json"
         metadata = _metadata(parts["json"]) if "json" in parts else {}
+        caption = metadata.get(caption_name or "caption")
         if caption_name is None and "txt" in parts:
             reading = "txt"
             caption = parts["txt"].decode()
-        else:
-            caption = metadata.get(caption_name or "caption")
         caption = checked_caption(caption)
     except (ValueError, RecursionError) as error:
         return Skipped(key, source, f"unreadable {reading}: {error}")
