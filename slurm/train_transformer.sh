@@ -18,13 +18,13 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 source slurm/requeue.sh
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR=${MUSE_MASTER_ADDR:-$first} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # srun starts one Python a task; these four names are what torch.distributed reads
 # shellcheck disable=SC2016  # expanded in each task, not here
-run_and_requeue "$SLURM_JOB_ID" \
+run_and_requeue "$SLURM_JOB_ID" 0 \
     srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --label bash -c '
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-        export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+        export LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[(,]*}
         exec "$@"' task "${MUSE_PYTHON:-python}" -m train_stage.train "$@"
