@@ -68,6 +68,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             staging.rmdir()
 
 
+def sweep_staging(folder: Path) -> None:
+    """Removes temporaries of atomic_directory for sub-folders that are there.
+
+    A writer that is killed between its rename and its tidying leaves those that were killed before
+    it did; nobody makes these sub-folders again.
+    """
+    staging = folder / ".staging"
+    with suppress(FileNotFoundError):
+        for entry in os.listdir(staging):
+            if (folder / entry.rpartition(".")[0]).is_dir():
+                shutil.rmtree(staging / entry, ignore_errors=True)
+    with suppress(OSError):
+        staging.rmdir()
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes `value` atomically, with the digest of its content under the key "digest"."""
     with atomic_file(path) as temporary:

@@ -6,6 +6,7 @@ The options of every other command line, and the files it names, exist.
 import re
 import shlex
 import shutil
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from pipeline_factory import make_pipeline
 from configs.load import _walk, load_config
 from storage.cli import main as muse_store
 from storage.reader import TokenStore
+from tokenize_stage.cli import main as muse_tokenize
 from tokenize_stage.config import TokenizeConfig
-from tokenize_stage.encode import main as muse_tokenize
+from tokenize_stage.cost.config import EstimateConfig
+from tokenize_stage.quality.config import AuditConfig
+from tokenize_stage.selection.config import DedupConfig, ScanConfig
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from tokenize_stage.vq_training.config import TrainVQConfig
 from train_stage.config import TrainConfig
@@ -35,6 +39,7 @@ from train_stage.train import main as muse_train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TOKENIZE_README = (ROOT / "tokenize_stage/README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 HUB_NAME = "openMUSE/maskgit-vqgan-imagenet-f16-256"
 PIPELINE_NAME = "amused/amused-256"
@@ -46,6 +51,14 @@ SCHEMAS = {
     "muse-evaluate": EvaluateConfig,
     "muse-convert": ConvertConfig,
     "muse-demo": DemoConfig,
+}
+STAGE_ONE = {  # of muse-tokenize's commands that take options
+    "encode": TokenizeConfig,
+    "plan": TokenizeConfig,
+    "estimate": EstimateConfig,
+    "scan": ScanConfig,
+    "dedup": DedupConfig,
+    "audit": AuditConfig,
 }
 MAINS = {
     "muse-tokenize": muse_tokenize,
@@ -65,6 +78,8 @@ SMALLER = {
 
 def commands_in(text):
     """The muse-… commands of some shell lines, each as its words."""
+    for name, value in re.findall(r"^([A-Z]+)=(\S+)$", text, re.MULTILINE):
+        text = text.replace(f'"${name}"', value).replace(f"${name}", value)
     lines = text.replace("\\\n", " ").splitlines()
     words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [command for command in words if command and command[0].startswith("muse-")]
@@ -75,6 +90,11 @@ PIPELINE = next(commands_in(block) for block in BASH if "photos/" in block)
 STORE_COMMANDS = next(commands_in(block) for block in BASH if "muse-store drop" in block)
 COMMANDS = [command for block in BASH for command in commands_in(block)]
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+COMMANDS += [
+    command
+    for block in re.findall(r"```bash\n(.*?)```", TOKENIZE_README, re.DOTALL)
+    for command in commands_in(block)
+]
 COMMANDS += [words for code in re.findall(r"`(muse-[^`]+)`", PROSE) for words in commands_in(code)]
 
 
@@ -162,9 +182,21 @@ def test_commands_have_these_options(command, monkeypatch, capsys):
             muse_store([*words[:1], "--help"])
         assert stop.value.code == 0
         return
+    schema = SCHEMAS.get(name)
+    if name == "muse-tokenize" and words and "=" not in words[0]:
+        schema = STAGE_ONE.get(words[0])
+        if schema is None or len(words) == 1:
+            with suppress(SystemExit):  # argparse's way to end
+                assert muse_tokenize([words[0], "--help"]) == 0
+            assert words[0] in capsys.readouterr().out
+            return
+        words = [w for w in words[1:] if not w.startswith("--")]
     words = [w for w in words if "…" not in w and "FILE" not in w and w != "--dry-run"]
-    missing = OmegaConf.missing_keys(OmegaConf.structured(SCHEMAS[name]))
-    load_config(SCHEMAS[name], [*(f"{key}=1" for key in missing), *words])
+    words = [w for w in words if "/work/config.yaml" not in w and not w.startswith("--")]
+    missing = OmegaConf.missing_keys(OmegaConf.structured(schema))
+    given = {"model.vq_model.pretrained"} if issubclass(schema, TokenizeConfig) else set()
+    given = set() if any(w.startswith("config=") for w in words) else given
+    load_config(schema, [*(f"{key}=1" for key in {*missing, *given}), *words])
 
 
 def test_the_table_of_sizes_is_what_is_computed():

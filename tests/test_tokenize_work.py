@@ -111,8 +111,10 @@ def test_seal_refuses_what_is_incomplete(
     assert (store / SEALED).exists()
     complete = make_store(tmp_path / "complete", rows=20)
     TaskReport(complete, 0, 1).close("finished")
-    assert muse_tokenize(["status", str(complete)]) == 0
+    assert describe(status(complete)).endswith(f"next: muse-tokenize seal {complete}")
     assert muse_tokenize(["seal", str(complete)]) == 0
+    assert muse_tokenize(["status", str(complete)]) == 0
+    assert capsys.readouterr().out.endswith(f"next: muse-tokenize audit store={complete}\n")
     assert len(TokenStore(complete)) == 20 and verify_store(complete) == []
 
 

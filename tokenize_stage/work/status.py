@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.files import open_files
-from storage.index import listed_folders, read_index, read_sealed
+from storage.index import SEALED, listed_folders, read_index, read_sealed
 from storage.progress import progress_bar
 from storage.schema import read_meta
 from storage.writer import expected_shards
@@ -65,6 +65,7 @@ def status(store: Path) -> dict[str, Any]:
     left = len(missing) * rows / len(done) if done else None
     return {
         "store": str(store),
+        "sealed": (store / SEALED).exists(),
         "complete": bool(done) and not missing and not failed,
         "done": len(done),
         "expected": len(done) + len(missing) + len(failed),
@@ -134,7 +135,8 @@ def _task_lines(now: dict[str, Any]) -> list[str]:
 def _next_commands(now: dict[str, Any]) -> list[str]:
     store = now["store"]
     if now["complete"]:
-        return [f"next: muse-tokenize seal {store}"]
+        done = now["sealed"]
+        return [f"next: muse-tokenize {f'audit store={store}' if done else f'seal {store}'}"]
     if any(task["state"] == "running" for task in now["tasks"]):
         return []
     option = "only=failed" if now["failed"] and not now["missing"] else "only=missing"

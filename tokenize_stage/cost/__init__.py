@@ -1,0 +1,1 @@
+"""What encoding a data set will cost: measured stages, computed bounds, and what follows."""

@@ -1,0 +1,1 @@
+"""How good stored codes are: reconstructions beside their images, in numbers and as a picture."""
