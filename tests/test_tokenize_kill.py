@@ -141,6 +141,7 @@ def content(store: Path) -> dict[str, bytes | None]:
     }
 
 
+@pytest.mark.timeout(120 + 10 * KILLS)
 @pytest.mark.parametrize("backend", ["zarr", "arrow"])
 def test_killed_again_and_again_at_random_instants_equals_uninterrupted(
     forker: Forker, arguments: list[str], tmp_path: Path, backend: str

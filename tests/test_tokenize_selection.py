@@ -183,8 +183,8 @@ def test_files_of_duplicates_that_cannot_serve(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="muse-tokenize scan, then muse-tokenize dedup"):
         Selection(FiltersConfig(duplicates=str(tmp_path / "none.parquet")))
     path = duplicates_file(tmp_path / "duplicates.parquet")
-    with pytest.raises(ValueError, match="shard other was not scanned"):
-        Selection(FiltersConfig(duplicates=path)).for_shard("other")
+    with pytest.raises(ValueError, match="1 shards were not scanned, other first"):
+        Selection(FiltersConfig(duplicates=path)).refuse_unscanned(["shard", "other", "first"])
     pq.write_table(pa.table({"shard": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="other.parquet was not written by muse-tokenize dedup"):
         Selection(FiltersConfig(duplicates=str(tmp_path / "other.parquet")))

@@ -84,7 +84,7 @@ def test_status_counts_what_is_there(store: Path) -> None:
     assert now["missing"] == [] and now["failed"] == {"00002": "timed out after 3 attempts"}
     words = describe(now)
     assert "2 of 3 shards" in words and "failed: 00002: timed out" in words
-    assert words.endswith(f"muse-tokenize config={store}/work/config.yaml only=failed")
+    assert words.endswith(f"muse-tokenize config={store}/work/config.yaml")
 
 
 def test_status_tells_running_from_lost_tasks(store: Path) -> None:

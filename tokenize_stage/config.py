@@ -14,7 +14,7 @@ from tokenize_stage.text.config import TextConfig
 @dataclass
 class VQModelConfig:
     pretrained: str | None = None
-    """Tokenizer: a model directory, or its name on the Hugging Face hub."""
+    """Tokenizer: a model directory, or its name on the Hugging Face hub. It, or vq_models."""
 
 
 @dataclass
@@ -32,6 +32,8 @@ class ModelConfig:
     """Several tokenizers in one pass: {NAME: {pretrained: …, resolution: …}} gives codes_NAME."""
 
     def __post_init__(self) -> None:
+        if self.vq_model.pretrained is not None and self.vq_models:
+            raise ValueError("model.vq_model.pretrained and model.vq_models: give one of them")
         for name, model in self.vq_models.items():
             if not re.fullmatch("[a-z0-9_]+", name):
                 raise ValueError(f"model.vq_models.{name}: names are of a-z, 0-9 and _")
@@ -81,10 +83,6 @@ class TokenizeConfig:
     """Of the shards that the store lacks: all, missing (but those that failed before), failed."""
 
     def __post_init__(self) -> None:
-        one, several = self.model.vq_model.pretrained, self.model.vq_models
-        if (one is None) == (not several):
-            state = "both are given" if several else "one must be given"
-            raise ValueError(f"model.vq_model.pretrained, model.vq_models: {state}; give one")
         counts = {
             "store.chunk_rows": self.store.chunk_rows,
             "encode.batch_size": self.encode.batch_size,

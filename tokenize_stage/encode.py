@@ -98,6 +98,7 @@ def plan(config: TokenizeConfig, stop: Event) -> tuple[Job, Stages]:
     names = [shard.name for shard in shards] if planned is None else planned.names
     tokenizers = load_tokenizers(config.model, config.dataset.preprocessing.resolution)
     stages = build_stages(config, tokenizers, device, stop)
+    stages.selection.refuse_unscanned(names)
     class_names = next((shard.class_names for shard in shards if shard.class_names), ())
     transform = {**stages.decoder.transform(), "dtype": dtype, "class_names": list(class_names)}
     meta = store_meta(tokenizers, transform, stages.text, config.store)

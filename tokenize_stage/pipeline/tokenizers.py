@@ -26,8 +26,11 @@ class ColumnTokenizer:
 def load_tokenizers(config: ModelConfig, resolution: int) -> dict[str, ColumnTokenizer]:
     """Column -> tokenizer, in the order of the configuration.
 
-    resolution: for those that name none. Raises ValueError for one that a model cannot divide.
+    resolution: for those that name none. Raises ValueError for one that a model cannot divide,
+    and when there is no tokenizer.
     """
+    if config.vq_model.pretrained is None and not config.vq_models:
+        raise ValueError("model.vq_model.pretrained must be given, or model.vq_models")
     if config.vq_model.pretrained is not None:
         key = "dataset.preprocessing.resolution"
         return {"codes": _load(config.vq_model.pretrained, resolution, key)}

@@ -7,6 +7,7 @@ changed since the scan is no duplicate. The schema's metadata lists the shards t
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,16 +56,16 @@ class Duplicates:
         self._path = path
         self._shards = frozenset(json.loads(schema.metadata[SHARDS]))
 
-    def of_shard(self, name: str) -> dict[tuple[str, str], Duplicate]:
-        """The duplicates in a shard, by key and the first HASH_DIGITS of image_hash.
-
-        Raises ValueError for a shard that was not scanned.
-        """
-        if name not in self._shards:
+    def refuse_unscanned(self, names: Iterable[str]) -> None:
+        """Raises ValueError for shards of which it is not known what is a duplicate."""
+        if missing := sorted({*names} - self._shards):
             raise ValueError(
-                f"filters.duplicates={self._path}: shard {name} was not scanned; "
-                "run muse-tokenize scan for all shards, then dedup again"
+                f"filters.duplicates={self._path}: {len(missing)} shards were not scanned, "
+                f"{missing[0]} first; run muse-tokenize scan for all shards, then dedup again"
             )
+
+    def of_shard(self, name: str) -> dict[tuple[str, str], Duplicate]:
+        """The duplicates in a shard, by key and the first HASH_DIGITS of image_hash."""
         table = pq.read_table(self._path, filters=[("shard", "==", name)])
         rows = zip(*(table[column].to_pylist() for column in SCHEMA.names[1:]), strict=True)
         return {(key, digest): Duplicate(*of) for key, digest, *of in rows}

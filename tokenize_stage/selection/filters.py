@@ -15,7 +15,7 @@ the lists when it starts, so a longer list holds for the shards that are still t
 them; the same values also hold for shards that are encoded later.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,13 @@ class Selection:
             fields.append(("duplicate_of", pa.string()))
         return pa.schema(fields)
 
+    def refuse_unscanned(self, names: Iterable[str]) -> None:
+        """Raises ValueError for shards whose duplicates are not known, where they are to be."""
+        if self.duplicates:
+            self.duplicates.refuse_unscanned(names)
+
     def for_shard(self, name: str) -> "ShardSelection":
-        """Raises ValueError when the duplicates of this shard are not known."""
+        """The filters with the duplicates of one shard."""
         return ShardSelection(self, self.duplicates.of_shard(name) if self.duplicates else {})
 
 

@@ -139,8 +139,7 @@ def _next_commands(now: dict[str, Any]) -> list[str]:
         return [f"next: muse-tokenize {f'audit store={store}' if done else f'seal {store}'}"]
     if any(task["state"] == "running" for task in now["tasks"]):
         return []
-    option = "only=failed" if now["failed"] and not now["missing"] else "only=missing"
-    return [f"next: muse-tokenize config={store}/work/config.yaml {option}"]
+    return [f"next: muse-tokenize config={store}/work/config.yaml"]
 
 
 def _with_state(report: dict[str, Any], now: float) -> dict[str, Any]:
