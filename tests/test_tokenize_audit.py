@@ -179,9 +179,12 @@ def test_crops_are_made_as_they_were_or_not_at_all(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
     config = store / "work/config.yaml"
-    config.write_text(config.read_text().replace("dct_scaling: 2.0", "dct_scaling: 0.0"))
-    assert audit.main([f"store={store}"]) == 2
-    assert "was made with dct_scaling 2.0" in capsys.readouterr().err
+    text = config.read_text()
+    config.write_text(text.replace("- centre\n", "- centre_flip\n"))
+    assert config.read_text() != text and audit.main([f"store={store}"]) == 2
+    assert "made with views None, its work/config.yaml gives ['centre_flip']" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_tokenizer_that_has_moved_or_is_another_one(
@@ -243,6 +246,7 @@ def test_views_scaled_decoding_and_captions_that_were_cut(
         f"dataset.preprocessing.resolution={SIZE}",
         f"dataset.preprocessing.views={views}",
         "dataset.preprocessing.min_scale=0.6",
+        "dataset.preprocessing.dct_scaling=1",
         f"model.vq_model.pretrained={made}/a",
         f"text.tokenizers.clip={clip}",
         f"store.path={store}",

@@ -73,6 +73,8 @@ SAMPLES = {  # key: members by suffix; and the kind of reason, or "" for a row
         {"png": bomb(9_400, 9_400)},
         "",
     ),  # below the limit of pixels; rows that lack are black
+    "another half": ({"png": bomb(9_401, 9_400)}, ""),  # large ones are decoded one by one
+    "and another": ({"png": bomb(9_402, 9_400)}, ""),
     "text bomb": ({"png": text_bomb()}, "bad image"),
     "video": ({"mp4": b"moov"}, "no image"),
     "two": ({"jpg": encoded(), "png": encoded("PNG")}, "several images"),

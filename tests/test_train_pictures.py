@@ -133,7 +133,7 @@ def test_pictures_are_decoded_as_they_were_for_the_codes(tmp_path, mode) -> None
         Image.fromarray(pixels, "RGBA").convert(mode).save(file)
     for resolution in (10, None):  # None: the shorter side
         (read,), _, _ = read_pictures(tmp_path, resolution)
-        expected = decode_image(file.read_bytes(), resolution or 30).pixels
+        expected = decode_image(file.read_bytes(), resolution or 30).pixels[0]
         assert np.array_equal(read.numpy(), expected)
 
 
@@ -141,7 +141,7 @@ def test_a_picture_is_fitted_as_tokenizing_does(tmp_path) -> None:
     smooth = Image.radial_gradient("L").resize((90, 64))
     photo = Image.merge("RGB", [smooth, smooth.rotate(180), smooth.point(lambda gray: 255 - gray)])
     photo.save(tmp_path / "photo.png")
-    expected = decode_image((tmp_path / "photo.png").read_bytes(), 16).pixels.astype(int)
+    expected = decode_image((tmp_path / "photo.png").read_bytes(), 16).pixels[0].astype(int)
     for given in (photo, tmp_path / "photo.png"):
         fitted = fit_picture(given, 16, 16)
         assert fitted.dtype == torch.uint8 and np.abs(fitted.numpy() - expected).max() <= 3

@@ -192,7 +192,7 @@ def read_pictures(
     if not pictures:
         raise FileNotFoundError(f"{path} holds no pictures in class folders and no webdataset tars")
     names = names or [str(index) for index in range(max(class_ids) + 1)]
-    stacked = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+    stacked = torch.from_numpy(np.stack([picture.pixels[0] for picture in pictures]))
     return stacked, torch.tensor(class_ids), names
 
 

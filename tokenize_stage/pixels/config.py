@@ -17,9 +17,10 @@ class PreprocessingConfig:
     """Of the random views."""
     min_scale: float = 1.0
     """Random squares have a side drawn from [min_scale, 1] times the shorter side."""
-    dct_scaling: float = 2.0
+    dct_scaling: float = 4.0
     """JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as this many times the
-    resolution is left; 0: always in full."""
+    resolution is left; 0: always in full. Codes of large photographs that change: 2.1 % at 1, 0.45
+    % at 2, 0.06 % at 4 (rounding pixels to 8 bits: 0.09 %). Decoding on a GPU is always in full."""
     decode_device: Literal["cpu", "cuda"] = "cpu"
     """Where plain JPEGs are decoded and resized; cuda (nvJPEG) gives slightly other pixels."""
 

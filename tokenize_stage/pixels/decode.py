@@ -11,8 +11,10 @@ Every kind of picture has one defined meaning:
   more than MAX_PIXELS pixels   refused before anything is decoded
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
+from threading import Lock
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from tokenize_stage.pixels.resize import centre_box, centre_square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: a quarter of a gigabyte as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: it runs a program
 Image.init()  # loads the readers before any threads do
+LARGE_PIXELS = 2**24  # a larger image takes up to 0.7 GB while it is decoded: one at a time
+_one_large = Lock()
+BAND = 1 << 22  # pixels brought to RGB at once: all of a large image would need twice the memory
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -80,7 +85,12 @@ def decode_image(data: bytes, resolution: int) -> Picture:
     image = decode_rgb(data)
     pixels = centre_square(image.pixels, image.height, image.width, image.shrink, resolution)
     box = centre_box(image.height, image.width, resolution)
-    return Picture((pixels.contiguous().numpy(),), image.height, image.width, *box)
+    return Picture((as_array(pixels),), image.height, image.width, *box)
+
+
+def as_array(pixels: torch.Tensor) -> np.ndarray:
+    """(3, R, R) in C order, and not a part of a whole image that would stay in memory."""
+    return pixels.cpu().clone(memory_format=torch.contiguous_format).numpy()
 
 
 def decode_rgb(data: bytes, shortest: int | None = None, device: str = "cpu") -> Rgb:
@@ -91,20 +101,27 @@ def decode_rgb(data: bytes, shortest: int | None = None, device: str = "cpu") ->
     """
     try:
         image = open_image(data)
-        if image.format == "JPEG" and image.mode in ("L", "RGB"):
-            is_upright = _orientation(image) not in UPRIGHT
-            if shortest is not None and _shrink(image, shortest) > 1:
-                return _decode_smaller(image, shortest)
-            if is_upright and (pixels := _decode_jpeg(data, device)) is not None:
-                return Rgb(pixels, image.height, image.width)
-        image.load()
-        return _rgb(upright_rgb(image))
-    except (BadImage, MemoryError):
+        is_large = image.width * image.height > LARGE_PIXELS
+        with _one_large if is_large else nullcontext():
+            return _decode(image, data, shortest, device)
+    except (BadImage, MemoryError, torch.OutOfMemoryError):
         raise
     except UnidentifiedImageError:
         raise BadImage(f"none of the known formats ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise nearly anything on broken bytes
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _decode(image: Image.Image, data: bytes, shortest: int | None, device: str) -> Rgb:
+    if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+        is_upright = _orientation(image) not in UPRIGHT
+        shrink = 1 if shortest is None else _shrink(image, shortest, is_upright)
+        if shrink > 1:
+            return _decode_smaller(image, shrink)
+        if is_upright and (pixels := _decode_jpeg(data, device)) is not None:
+            return Rgb(pixels, image.height, image.width)
+    image.load()
+    return _rgb(_upright(image))
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -124,32 +141,44 @@ def load_image(data: bytes) -> Image.Image:
 
 def _decode_jpeg(data: bytes, device: str) -> torch.Tensor | None:
     """(3, h, w) uint8 by libjpeg-turbo, or on a GPU nvJPEG; None for what Pillow is to judge."""
+    if device != "cpu" and b"\xff\xd9" not in data[-64:]:
+        return None  # no end of image: truncated, which nvJPEG may pass over
     try:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return decode_jpeg(encoded, ImageReadMode.RGB, device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return None
 
 
-def _shrink(image: Image.Image, shortest: int) -> int:
-    """By how much a JPEG's decoder may shrink it, 1, 2, 4 or 8."""
-    return next((n for n in (8, 4, 2) if min(image.size) >= n * shortest), 1)
+def _shrink(image: Image.Image, shortest: int, is_upright: bool) -> int:
+    """By how much a JPEG's decoder may shrink it, 1, 2, 4 or 8.
+
+    Sides are rounded up, at the right and the bottom; turned, the surplus would lie elsewhere.
+    """
+    fits = (n for n in (8, 4, 2) if min(image.size) >= n * shortest)
+    return next((n for n in fits if is_upright or not (image.width % n or image.height % n)), 1)
 
 
-def _decode_smaller(image: Image.Image, shortest: int) -> Rgb:
+def _decode_smaller(image: Image.Image, shrink: int) -> Rgb:
     """A JPEG of which only the low frequencies are decoded."""
-    (width, height), shrink = image.size, _shrink(image, shortest)
+    width, height = image.size
     image.draft(None, (width // shrink, height // shrink))
     image.load()
-    small = _rgb(upright_rgb(image))
+    small = _rgb(_upright(image))
     if _orientation(image) in TURNED:
         width, height = height, width
     return Rgb(small.pixels, height, width, shrink)
 
 
 def _rgb(image: Image.Image) -> Rgb:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return Rgb(pixels, image.height, image.width)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, image.width, bottom))))
+    return Rgb(torch.from_numpy(pixels).permute(2, 0, 1), image.height, image.width)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

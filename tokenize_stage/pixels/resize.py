@@ -46,10 +46,17 @@ def centre_square(
     return whole[:, top : top + resolution, left : left + resolution]
 
 
-def square(image: torch.Tensor, top: int, left: int, side: int, resolution: int) -> torch.Tensor:
-    """(3, h, w) uint8 -> the square of `side` pixels there, resized to (3, R, R)."""
-    cut = image[:, top : top + side, left : left + side]
-    return _resize(cut, resolution, resolution)
+def square(
+    image: torch.Tensor, top: int, left: int, side: int, shrink: int, resolution: int
+) -> torch.Tensor:
+    """(3, h, w) uint8 -> the square of `side` pixels of the original there, as (3, R, R)."""
+    first_row, first_column = top // shrink, left // shrink
+    bottom, right = (-(-(start + side) // shrink) for start in (top, left))
+    cut = image[:, first_row:bottom, first_column:right]
+    if shrink == 1:
+        return _resize(cut, resolution, resolution)
+    box = (top - shrink * first_row, left - shrink * first_column, side, side)
+    return _by_pillow(cut, box, shrink, resolution)
 
 
 def _resize(
@@ -66,7 +73,7 @@ def _resize(
 
 
 def _by_pillow(image: torch.Tensor, box: Box, shrink: int, resolution: int) -> torch.Tensor:
-    """The same for one square of a very long image, of which the rest need not be resized."""
+    """(3, h, w) uint8 -> the box, in pixels of the original, as (3, R, R)."""
     top, left, height, width = (length / shrink for length in box)
     pixels = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     edges = (left, top, min(left + width, pixels.width), min(top + height, pixels.height))

@@ -7,6 +7,7 @@ from (seed, hash of the image's bytes, number of the view) and nothing else: an 
 views wherever it lies and whoever encodes it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 
 from tokenize_stage.pixels.config import PreprocessingConfig
-from tokenize_stage.pixels.decode import Picture, Rgb, decode_rgb
+from tokenize_stage.pixels.decode import Picture, Rgb, as_array, decode_rgb
 from tokenize_stage.pixels.perceptual_hash import phash
-from tokenize_stage.pixels.resize import Box, centre_box, centre_square, square
+from tokenize_stage.pixels.resize import centre_box, centre_square, square
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,13 @@ class Decoder:
         """resolutions: sides of the squares in pixels; phash: whether pictures tell theirs."""
         self.preprocessing, self.resolutions = preprocessing, tuple(resolutions)
         self.views, self.phash = parse_views(preprocessing.views), phash
+        if preprocessing.decode_device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "dataset.preprocessing.decode_device=cuda: this machine has no CUDA device; use cpu"
+            )
         smallest = preprocessing.min_scale if any(v.kind == "random" for v in self.views) else 1.0
-        wanted = preprocessing.dct_scaling * max(self.resolutions) / smallest
-        self._shortest = -int(-wanted // 1) if wanted else None
+        wanted = math.ceil(preprocessing.dct_scaling * max(self.resolutions) / smallest)
+        self._shortest = wanted if wanted and preprocessing.decode_device == "cpu" else None
 
     def decode(self, data: bytes, image_hash: str) -> list[Picture]:
         """One picture a view. image_hash: sha256 of the data, in hex. Raises BadImage."""
@@ -63,7 +68,7 @@ class Decoder:
             "alpha": "over white",
             "resize": "shorter side, bilinear, antialiased, uint8",
             "crop": "centre",
-            "dct_scaling": self.preprocessing.dct_scaling,
+            "dct_scaling": self.preprocessing.dct_scaling if self._shortest else 0.0,
         }
         if self.preprocessing.views != ["centre"]:
             said["views"] = list(self.preprocessing.views)
@@ -82,27 +87,20 @@ class Decoder:
             box = centre_box(image.height, image.width, self.resolutions[0])
         else:
             top, left, side = self._draw(image, view, image_hash)
-            squares = [square(image.pixels, top, left, side, r) for r in self.resolutions]
-            box = _in_original(image, top, left, side)
-        pixels = tuple(_as_array(one.flip(2) if view.flip else one) for one in squares)
+            squares = [
+                square(image.pixels, top, left, side, image.shrink, resolution)
+                for resolution in self.resolutions
+            ]
+            box = top, left, side, side
+        pixels = tuple(as_array(one.flip(2) if view.flip else one) for one in squares)
         sizes = image.height, image.width
         return Picture(pixels, *sizes, *box, view=view.number, flipped=view.flip, phash=digest)
 
     def _draw(self, image: Rgb, view: View, image_hash: str) -> tuple[int, int, int]:
-        """(top, left, side) of a random square, in the pixels that were decoded."""
+        """(top, left, side) of a random square, in pixels of the original."""
         key = [self.preprocessing.seed, int(image_hash[:16], 16), view.number]
         rng = np.random.default_rng(key)
-        height, width = image.pixels.shape[1:]
         scale = rng.uniform(self.preprocessing.min_scale, 1.0)
-        side = max(1, round(scale * min(height, width)))
-        top, left = (int(rng.integers(0, length - side + 1)) for length in (height, width))
+        side = max(1, round(scale * min(image.height, image.width)))
+        top, left = (int(rng.integers(0, d - side + 1)) for d in (image.height, image.width))
         return top, left, side
-
-
-def _in_original(image: Rgb, top: int, left: int, side: int) -> Box:
-    return image.shrink * top, image.shrink * left, image.shrink * side, image.shrink * side
-
-
-def _as_array(pixels: torch.Tensor) -> np.ndarray:
-    """(3, R, R) in C order, of its own memory."""
-    return pixels.cpu().contiguous().numpy()

@@ -8,10 +8,10 @@ height of every image that passes filters.* and can be decoded. Give it the filt
 run: else the image that is kept of a group may be one that is rejected there. Run the same command
 again after any interruption: finished shards are skipped. `muse-tokenize dedup` is next.
 
-No GPU is needed. Large JPEGs are decoded at 1/2 to 1/8 of their size: 2.6 ms each on one core, not
-7.5, and 0 or 2 of 64 bits of pHash other for 60 photographs; dataset.preprocessing.dct_scaling=0
-decodes them in full. Exit status: 0 done, 2 refused before any work, 3 some input shards could not
-be read, 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C and to be run again.
+No GPU is needed. Large JPEGs are decoded at 1/2 to 1/8 of their size, which changed 0 or 2 of the
+64 bits of pHash for 60 photographs; dataset.preprocessing.dct_scaling=0 decodes them in full. Exit
+status: 0 done, 2 refused before any work, 3 some input shards could not be read, 75 stopped by
+SIGTERM, SIGUSR1 or Ctrl-C and to be run again.
 """
 
 import dataclasses
