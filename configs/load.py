@@ -197,10 +197,11 @@ def _walk(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
 
 
 def _field_docs(schema: type) -> dict[str, str]:
-    """The string literal that follows each field in the class body, as one line."""
+    """The string literal that follows each field in the class body, or its parents', as one line."""
+    parents = [_field_docs(base) for base in schema.__bases__ if dataclasses.is_dataclass(base)]
+    docs = {name: words for parent in parents for name, words in parent.items()}
     tree = ast.parse(textwrap.dedent(inspect.getsource(schema)))
     body = typing.cast(ast.ClassDef, tree.body[0]).body
-    docs = {}
     for field, after in zip(body, body[1:], strict=False):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue

@@ -7,7 +7,14 @@ from typing import Any, Literal
 import pytest
 from omegaconf import MISSING, OmegaConf
 
-from configs.load import ConfigError, build_section, dump_config, load_config, open_section
+from configs.load import (
+    ConfigError,
+    build_section,
+    describe,
+    dump_config,
+    load_config,
+    open_section,
+)
 from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.vq_training.config import TrainVQConfig
 from train_stage.config import TrainConfig
@@ -41,6 +48,16 @@ class Outer:
     """How."""
     model: Inner = field(default_factory=Inner)
     open: dict[str, Any] = open_section(Inner)
+
+
+def test_help_has_the_sentences_of_inherited_options():
+    @dataclass
+    class Wider(Inner):
+        depth: int = 2
+        """How deep."""
+
+    text = describe(Wider)
+    assert "How wide." in text and "How deep." in text
 
 
 def test_command_line_beats_yaml_beats_defaults(tmp_path):

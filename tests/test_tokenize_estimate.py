@@ -35,7 +35,6 @@ SCHEMAS = {
 }
 MEASURED = Measured(
     samples_per_s_read=8000,
-    samples_per_s_decoded=1000,
     core_s_per_sample=0.002,
     rows_per_s_encoded=3000,
     rows_per_s_written=20000,

@@ -68,7 +68,6 @@ def estimate(config: EstimateConfig) -> str:
     on_device = bool(stages.text.encoders)
     measured = Measured(
         samples_per_s_read=read.samples_per_s,
-        samples_per_s_decoded=decoded.samples_per_s,
         core_s_per_sample=decoded.core_s_per_sample,
         rows_per_s_encoded=next(iter(rates.values())),
         rows_per_s_written=written,
@@ -77,7 +76,7 @@ def estimate(config: EstimateConfig) -> str:
         accepted=decoded.accepted * read.readable / read.seen,
         views=stages.views,
         bytes_per_sample=read.bytes_per_sample,
-        cores=len(os.sched_getaffinity(0)),
+        cores=min(stages.threads, len(os.sched_getaffinity(0))),
     )
     captions = [row.sample.caption for row in decoded.rows]
     sizes = row_bytes(stages.text, meta, captions) | {"rows.parquet": table_bytes}

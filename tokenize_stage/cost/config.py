@@ -16,7 +16,7 @@ class EstimateOptions:
     gpus: int = 1
     """GPUs that will work at the same time."""
     cores: int | None = None
-    """CPU cores that will be beside each GPU; None: as many as this process may use here."""
+    """CPU cores that will be beside each GPU; None: as many as decode here."""
     price: float | None = None
     """Of a GPU for an hour, with the CPUs beside it."""
     seconds: float = 10.0

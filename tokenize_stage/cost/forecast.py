@@ -9,8 +9,7 @@ class Measured:
     """Rates of the stages, each alone on this machine; a sample is an image of the input."""
 
     samples_per_s_read: float  # one reading thread
-    samples_per_s_decoded: float  # all decoding threads
-    core_s_per_sample: float  # of the CPU: reading, decoding, making columns
+    core_s_per_sample: float  # of the CPU, to decode and to select
     rows_per_s_encoded: float  # one device, all tokenizers
     rows_per_s_written: float  # shards made, flushed and committed
     texts_per_s: float | None  # captions to ids and states; None: no text
@@ -18,7 +17,7 @@ class Measured:
     accepted: float  # share of the samples that become rows
     views: int  # rows of a sample that is accepted
     bytes_per_sample: float  # undecoded
-    cores: int  # of this machine that this process may use
+    cores: int  # of this machine, for decoding threads
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def forecast(
     rows_per_image = measured.accepted * measured.views
     stages = {
         "read": measured.samples_per_s_read,
-        "decode": measured.samples_per_s_decoded * cores / measured.cores,
+        "decode": cores / measured.core_s_per_sample,
         "encode": _per_image(measured.rows_per_s_encoded, rows_per_image),
         "write": _per_image(measured.rows_per_s_written, rows_per_image),
     }
