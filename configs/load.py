@@ -197,7 +197,7 @@ def _walk(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
 
 
 def _field_docs(schema: type) -> dict[str, str]:
-    """The string literal that follows each field in the class body, or its parents', as one line."""
+    """The string literal after each field in the class body, parents' too, as one line."""
     parents = [_field_docs(base) for base in schema.__bases__ if dataclasses.is_dataclass(base)]
     docs = {name: words for parent in parents for name, words in parent.items()}
     tree = ast.parse(textwrap.dedent(inspect.getsource(schema)))
