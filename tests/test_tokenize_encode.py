@@ -377,6 +377,18 @@ def test_reduced_precision_encodes_nearly_the_same(
     assert 0.8 < (codes[0] == codes[1]).mean() < 1
 
 
+def test_a_tokenizer_beyond_the_range_of_float16_is_refused_with_the_remedy(
+    tokenizer: Path, tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vq = MaskGitVQGAN.from_pretrained(tokenizer)
+    vq.encoder.conv_in.weight.mul_(1e6)
+    vq.save_pretrained(tmp_path / "vq")
+    argv = arguments(tars, tmp_path / "vq", tmp_path / "store", "encode.dtype=float16")
+    assert encode.main(argv) == 2
+    assert "start again with encode.dtype=bfloat16" in capsys.readouterr().err
+    assert task_reports(tmp_path / "store")[0]["state"] == "failed"
+
+
 def test_main_gives_the_signal_handlers_back(tokenizer: Path, tars: Path, tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     encode.main(arguments(tars, tokenizer, tmp_path / "store"))

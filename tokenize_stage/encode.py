@@ -7,7 +7,7 @@
 One input shard (a tar, or a part of a folder or table) becomes one shard of the store, whole or
 not at all. Run the same command again after any interruption: finished shards are skipped. Samples
 that cannot be encoded are counted, and listed with a reason in the store; input shards that cannot
-be read are noted, and the others go on. Exit status: 0 done, 2 refused before any work, 3 done but
+be read are noted, and the others go on. Exit status: 0 done, 2 refused, 3 done but
 for input shards that failed, 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C and to be run again.
 """
 
@@ -26,6 +26,7 @@ from storage.writer import create_store, expect_shards
 from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.pipeline.batches import batches, stacked_pixels
 from tokenize_stage.pipeline.decode_ahead import decode_ahead
+from tokenize_stage.pipeline.encoder import OutOfRange
 from tokenize_stage.pipeline.progress import Progress
 from tokenize_stage.pipeline.rows import preparation
 from tokenize_stage.pipeline.stages import Stages, build_stages, encoder_dtype
@@ -74,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(job.mine) - len(job.todo)} finished before, {len(job.todo)} to do"
         )
         progress = Progress(len(job.todo), known_rows(job.todo, stages.views))
-        state = run(job, stages, progress, stop)
+        try:
+            state = run(job, stages, progress, stop)
+        except OutOfRange as error:
+            return refuse(error)
     is_complete = not unfinished(job.store, job.names)
     if is_complete:
         seal(job.store)  # the last task does; that two may is harmless
@@ -101,6 +105,8 @@ def plan(config: TokenizeConfig, stop: Event) -> tuple[Job, Stages]:
     stages.selection.refuse_unscanned(names)
     class_names = next((shard.class_names for shard in shards if shard.class_names), ())
     transform = {**stages.decoder.transform(), "dtype": dtype, "class_names": list(class_names)}
+    if config.encode.compile:  # other kernels round otherwise
+        transform["compile"] = True
     meta = store_meta(tokenizers, transform, stages.text, config.store)
     try:
         create_store(path, meta)

@@ -4,15 +4,16 @@
     pending = encoder.submit({256: pixels})     # returns at once on a GPU
     codes = pending.result()["codes"]           # waits
 
-Codes of an image depend on nothing but its pixels: not on the batch it is in, its size, or where.
-So every batch has one shape, short ones are padded, and the nearest code is sought in float32 with
-the codebook in float32, whatever the dtype of the convolutions (half precision in the search would
-change 1 to 7 % of the codes). B images a batch, R x R pixels, N codes an image.
+Codes of an image depend on nothing but its pixels: not on what else is in its batch, how much, or
+where it is. So a model sees one shape only, what is missing is padded, and the nearest code is
+sought in float32 among float32 vectors, whatever the dtype of the convolutions (half precision in
+the search would change 1 to 7 % of the codes). R x R pixels, P images of a piece, N codes an image.
 """
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +21,15 @@ import torch
 from tokenize_stage.vq.model import VQModel
 from tokenize_stage.vq.quantizer import as_vectors, nearest_codes
 
-Made = tuple[torch.Tensor, torch.Tensor]  # codes (B, N), and whether all of an image is finite (B,)
+IN_FLIGHT = 4  # batches on a GPU; `submit` waits for the oldest when there are more
+CPU_PIXELS = 2**16  # of a piece on a CPU: more at once gains nothing, and takes memory
+CPU_IMAGES = 8  # of a piece on a CPU at most, where images are small
+
+Made = tuple[torch.Tensor, torch.Tensor]  # codes (P, N), and whether its latents are finite (P,)
+
+
+class OutOfRange(ValueError):
+    """Latents are infinite or no numbers; the message says what to do."""
 
 
 class Pending:
@@ -28,7 +37,7 @@ class Pending:
 
     def __init__(
         self,
-        made: Mapping[str, Made],
+        made: Mapping[str, Sequence[Made]],
         rows: int,
         dtype: torch.dtype,
         done: torch.cuda.Event | None,
@@ -38,17 +47,26 @@ class Pending:
     def result(self) -> dict[str, np.ndarray]:
         """Column -> codes (rows, N), in the smallest unsigned dtype; waits for the device.
 
-        Raises ValueError when an encoder's numbers have left the range of its dtype.
+        Raises OutOfRange when an encoder's numbers have left the range of its dtype.
         """
         if self._done is not None:
             self._done.synchronize()
-        for column, (_, is_finite) in self._made.items():
-            if not is_finite[: self._rows].all():
-                raise ValueError(
-                    f"{column}: latents beyond the range of {self._dtype}; start again with "
-                    "encode.dtype=bfloat16 or float32, into another store"
-                )
-        return {column: codes[: self._rows].numpy() for column, (codes, _) in self._made.items()}
+        codes = {}
+        for column, pieces in self._made.items():
+            finite = np.concatenate([is_finite.numpy() for _, is_finite in pieces])
+            if not finite[: self._rows].all():
+                raise OutOfRange(f"{column}: {_not_finite(self._dtype)}")
+            codes[column] = np.concatenate([piece.numpy() for piece, _ in pieces])[: self._rows]
+        return codes
+
+
+def _not_finite(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return (
+            f"latents beyond the range of {dtype}; start again with encode.dtype=bfloat16 or "
+            "float32, into another store"
+        )
+    return f"latents that are not finite in {dtype}: the tokenizer's weights are broken"
 
 
 class Encoder:
@@ -81,6 +99,16 @@ class Encoder:
                 for column, encode in self._encode.items()
             }
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._in_flight: deque[torch.cuda.Event] = deque()
+
+    def piece(self, resolution: int) -> int:
+        """P: images that a model sees at once. On a CPU it follows from the resolution alone.
+
+        On a GPU it is batch_size, and for another one kernels may be chosen that round otherwise.
+        """
+        if self._copies is not None:
+            return self.batch_size
+        return max(1, min(CPU_IMAGES, CPU_PIXELS // resolution**2))
 
     @torch.inference_mode()
     def submit(self, pixels: Mapping[int, np.ndarray]) -> Pending:
@@ -89,35 +117,48 @@ class Encoder:
         On a CPU they are encoded here and now.
         """
         rows = len(next(iter(pixels.values())))
-        batches = {resolution: self._to_device(images) for resolution, images in pixels.items()}
-        with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        if self._copies is not None and len(self._in_flight) == IN_FLIGHT:
+            self._in_flight.popleft().synchronize()
+        batches = {size: self._to_device(images) for size, images in pixels.items()}
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             made = {
-                column: encode(batches[self.resolutions[column]])
+                column: [encode(piece) for piece in batches[self.resolutions[column]]]
                 for column, encode in self._encode.items()
             }
         if self._copies is None:
             return Pending(made, rows, self.dtype, None)
-        made = {column: (_to_host(codes), _to_host(ok)) for column, (codes, ok) in made.items()}
-        done = torch.cuda.current_stream(self.device).record_event()
+        made = {
+            column: [(_to_host(codes), _to_host(is_finite)) for codes, is_finite in pieces]
+            for column, pieces in made.items()
+        }
+        done = torch.cuda.Event(blocking=True)  # who waits leaves the core to decoding
+        done.record(torch.cuda.current_stream(self.device))
+        self._in_flight.append(done)
         return Pending(made, rows, self.dtype, done)
 
-    def _to_device(self, pixels: np.ndarray) -> torch.Tensor:
-        """(n, 3, R, R) -> (B, 3, R, R), the rest zeros.
+    def _to_device(self, pixels: np.ndarray) -> list[torch.Tensor]:
+        """(n, 3, R, R) -> pieces (P, 3, R, R), the last one's rest zeros."""
+        size = self.piece(pixels.shape[2])
+        return [self._piece(pixels[row : row + size], size) for row in range(0, len(pixels), size)]
 
-        Copied by a stream of its own, so that the copy overlaps the work on the batch before.
+    def _piece(self, pixels: np.ndarray, size: int) -> torch.Tensor:
+        """Copied by a stream of its own, so that the copy overlaps the work on the piece before.
+
+        From pinned memory, which torch keeps until it is copied, and then uses again.
         """
-        shape = (self.batch_size, *pixels.shape[1:])
-        host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._copies is not None)
+        host = torch.empty(
+            (size, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=self._copies is not None
+        )
         host[: len(pixels)] = torch.from_numpy(pixels)
         host[len(pixels) :] = 0
         if self._copies is None:
             return host
-        with torch.cuda.stream(self._copies):  # the allocator keeps `host` until it is copied
-            batch = host.to(self.device, non_blocking=True)
+        with torch.cuda.stream(self._copies):
+            piece = host.to(self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._copies)
-        batch.record_stream(current)
-        return batch
+        piece.record_stream(current)
+        return piece
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,14 +169,14 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 def _encode_by(
     model: VQModel, device: torch.device, dtype: torch.dtype
 ) -> Callable[[torch.Tensor], Made]:
-    """A function from pixels (B, 3, R, R) uint8 to what is made of them."""
+    """A function from pixels (P, 3, R, R) uint8 to what is made of them."""
     codebook = model.quantizer.vectors.detach().to(device, torch.float32, copy=True)  # (K, D)
     model = model.to(device, dtype).to(memory_format=torch.channels_last)
     narrow = torch.uint16 if len(codebook) <= 2**16 else torch.uint32
 
     def encode(pixels: torch.Tensor) -> Made:
         batch = pixels.to(torch.float32, memory_format=torch.channels_last) / 255
-        latents = model.latents(batch.to(dtype))  # (B, D, h, w)
+        latents = model.latents(batch.to(dtype))  # (P, D, h, w)
         codes = nearest_codes(as_vectors(latents), codebook).view(len(latents), -1)
         return codes.to(narrow), latents.isfinite().flatten(1).all(1)
 

@@ -49,9 +49,9 @@ class ResBlock(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)  # then no permute below moves data
         g = self.gammas
         h = channel_norm(x.permute(0, 2, 3, 1), g[0], g[1])  # (B, h, w, C)
-        x = x + self.depthwise(h.permute(0, 3, 1, 2)) * g[2]
+        x = torch.addcmul(x, self.depthwise(h.permute(0, 3, 1, 2)), g[2])
         h = channel_norm(x.permute(0, 2, 3, 1), g[3], g[4])
-        return x + self.channelwise(h).permute(0, 3, 1, 2) * g[5]
+        return torch.addcmul(x, self.channelwise(h).permute(0, 3, 1, 2), g[5])
 
 
 def channel_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
