@@ -18,7 +18,9 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)  ## prints tables; not part of the tests; the models want 20 GiB and half an hour
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m storage.bench
+	$(BIN)/python -m tokenize_stage.bench
 	$(BIN)/python -m train_stage.bench
 	$(BIN)/python -m train_stage.bench_models --compile
 	$(BIN)/python -m train_stage.bench_loss
