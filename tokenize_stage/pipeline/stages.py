@@ -48,6 +48,11 @@ def encoder_dtype(config: TokenizeConfig, device: torch.device) -> str:
     return DTYPES[device.type] if config.encode.dtype == "auto" else config.encode.dtype
 
 
+def _gpu(encoding: torch.device) -> str:
+    """The GPU that decodes, where one is to: the one that encodes, if any."""
+    return str(encoding) if encoding.type == "cuda" else "cuda"
+
+
 def build_stages(
     config: TokenizeConfig,
     tokenizers: Mapping[str, ColumnTokenizer],
@@ -63,7 +68,7 @@ def build_stages(
     return Stages(
         read=partial(read_samples, patience=read_patience(config.dataset), stop=stop),
         selection=Selection(config.filters),
-        decoder=Decoder(preprocessing, resolutions, phash=config.filters.phash),
+        decoder=Decoder(preprocessing, resolutions, config.filters.phash, _gpu(device)),
         encoder=Encoder(
             {column: one.model for column, one in tokenizers.items()},
             {column: one.resolution for column, one in tokenizers.items()},

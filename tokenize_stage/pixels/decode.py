@@ -11,7 +11,7 @@ Every kind of picture has one defined meaning:
   more than MAX_PIXELS pixels   refused before anything is decoded
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Lock
@@ -26,7 +26,8 @@ from tokenize_stage.pixels.resize import centre_box, centre_square
 MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: a quarter of a gigabyte as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: it runs a program
 Image.init()  # loads the readers before any threads do
-LARGE_PIXELS = 2**24  # a larger image takes up to 0.7 GB while it is decoded: one at a time
+Image.core.set_block_size(1 << 28)  # pieces of 16 MB would stay in the heap of each thread
+LARGE_PIXELS = 2**24  # a larger image takes up to 0.7 GB until it is resized: one at a time
 _one_large = Lock()
 BAND = 1 << 22  # pixels brought to RGB at once: all of a large image would need twice the memory
 UPRIGHT = {
@@ -82,15 +83,28 @@ def decode_image(data: bytes, resolution: int) -> Picture:
 
     Raises BadImage for bytes that cannot be decoded or have no defined meaning.
     """
-    image = decode_rgb(data)
-    pixels = centre_square(image.pixels, image.height, image.width, image.shrink, resolution)
+    with in_turn(data):
+        image = decode_rgb(data)
+        pixels = centre_square(image.pixels, image.height, image.width, image.shrink, resolution)
     box = centre_box(image.height, image.width, resolution)
     return Picture((as_array(pixels),), image.height, image.width, *box)
 
 
 def as_array(pixels: torch.Tensor) -> np.ndarray:
-    """(3, R, R) in C order, and not a part of a whole image that would stay in memory."""
-    return pixels.cpu().clone(memory_format=torch.contiguous_format).numpy()
+    """(3, R, R) in C order, and not a part of a whole image that would stay in memory.
+
+    Copied by NumPy: torch would start a team of threads for each thread that decodes.
+    """
+    return np.array(pixels.cpu().numpy(), order="C")
+
+
+def in_turn(data: bytes) -> AbstractContextManager[object]:
+    """What is held from decoding an image to having resized it: a lock if it is large."""
+    with suppress(Exception):  # what is wrong with the bytes, decoding will say
+        image = open_image(data)
+        if image.width * image.height > LARGE_PIXELS:
+            return _one_large
+    return nullcontext()
 
 
 def decode_rgb(data: bytes, shortest: int | None = None, device: str = "cpu") -> Rgb:
@@ -100,10 +114,7 @@ def decode_rgb(data: bytes, shortest: int | None = None, device: str = "cpu") ->
     pixels. device: of the decoder for plain JPEGs, "cpu" or "cuda". Raises BadImage.
     """
     try:
-        image = open_image(data)
-        is_large = image.width * image.height > LARGE_PIXELS
-        with _one_large if is_large else nullcontext():
-            return _decode(image, data, shortest, device)
+        return _decode(data, shortest, device)
     except (BadImage, MemoryError, torch.OutOfMemoryError):
         raise
     except UnidentifiedImageError:
@@ -112,7 +123,8 @@ def decode_rgb(data: bytes, shortest: int | None = None, device: str = "cpu") ->
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def _decode(image: Image.Image, data: bytes, shortest: int | None, device: str) -> Rgb:
+def _decode(data: bytes, shortest: int | None, device: str) -> Rgb:
+    image = open_image(data)
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         is_upright = _orientation(image) not in UPRIGHT
         shrink = 1 if shortest is None else _shrink(image, shortest, is_upright)
@@ -121,7 +133,8 @@ def _decode(image: Image.Image, data: bytes, shortest: int | None, device: str) 
         if is_upright and (pixels := _decode_jpeg(data, device)) is not None:
             return Rgb(pixels, image.height, image.width)
     image.load()
-    return _rgb(_upright(image))
+    image = _upright(image)  # by the same name: the memory of what was turned is free now
+    return _rgb(image)
 
 
 def open_image(data: bytes) -> Image.Image:

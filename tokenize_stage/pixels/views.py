@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tokenize_stage.pixels.config import PreprocessingConfig
-from tokenize_stage.pixels.decode import Picture, Rgb, as_array, decode_rgb
+from tokenize_stage.pixels.decode import Picture, Rgb, as_array, decode_rgb, in_turn
 from tokenize_stage.pixels.perceptual_hash import phash
 from tokenize_stage.pixels.resize import centre_box, centre_square, square
 
@@ -42,9 +42,14 @@ class Decoder:
     """Makes the pictures of a configuration; holds no state, so threads may share it."""
 
     def __init__(
-        self, preprocessing: PreprocessingConfig, resolutions: Sequence[int], phash: bool = False
+        self,
+        preprocessing: PreprocessingConfig,
+        resolutions: Sequence[int],
+        phash: bool = False,
+        gpu: str = "cuda",
     ):
-        """resolutions: sides of the squares in pixels; phash: whether pictures tell theirs."""
+        """resolutions: sides of the squares in pixels; phash: whether pictures tell theirs; gpu:
+        which one decodes where decode_device=cuda."""
         self.preprocessing, self.resolutions = preprocessing, tuple(resolutions)
         self.views, self.phash = parse_views(preprocessing.views), phash
         if preprocessing.decode_device == "cuda" and not torch.cuda.is_available():
@@ -54,12 +59,14 @@ class Decoder:
         smallest = preprocessing.min_scale if any(v.kind == "random" for v in self.views) else 1.0
         wanted = math.ceil(preprocessing.dct_scaling * max(self.resolutions) / smallest)
         self._shortest = wanted if wanted and preprocessing.decode_device == "cpu" else None
+        self._device = "cpu" if preprocessing.decode_device == "cpu" else gpu
 
     def decode(self, data: bytes, image_hash: str) -> list[Picture]:
         """One picture a view. image_hash: sha256 of the data, in hex. Raises BadImage."""
-        image = decode_rgb(data, self._shortest, self.preprocessing.decode_device)
-        digest = phash(image.pixels) if self.phash else None
-        return [self._picture(image, view, image_hash, digest) for view in self.views]
+        with in_turn(data):
+            image = decode_rgb(data, self._shortest, self._device)
+            digest = phash(image.pixels) if self.phash else None
+            return [self._picture(image, view, image_hash, digest) for view in self.views]
 
     def transform(self) -> dict[str, Any]:
         """What store.json says about the making of the pixels."""
@@ -92,7 +99,8 @@ class Decoder:
                 for resolution in self.resolutions
             ]
             box = top, left, side, side
-        pixels = tuple(as_array(one.flip(2) if view.flip else one) for one in squares)
+        arrays = [as_array(one) for one in squares]
+        pixels = tuple(np.flip(one, 2).copy() if view.flip else one for one in arrays)
         sizes = image.height, image.width
         return Picture(pixels, *sizes, *box, view=view.number, flipped=view.flip, phash=digest)
 
