@@ -11,7 +11,7 @@ import webdataset
 
 from tokenize_stage.sources.config import ColumnsConfig, DatasetConfig
 from tokenize_stage.sources.input_shards import list_input_shards
-from tokenize_stage.sources.read import read_samples
+from tokenize_stage.sources.read import ReadPatience, read_samples
 from tokenize_stage.sources.sample import InputShard, Sample, Skipped
 
 JPG = b"not decoded in step 1"
@@ -267,7 +267,8 @@ def test_a_command_is_read_and_its_failure_is_an_error(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", {"a.jpg": JPG})
     assert [sample.key for sample in read_tar(f"pipe:cat {path}")] == ["a"]
     with pytest.raises(OSError):
-        read_tar(f"pipe:head -c 600 {path}; exit 3")
+        source = InputShard("x", f"pipe:head -c 600 {path}; exit 3")
+        list(read_samples(source, ReadPatience(attempts=1)))
 
 
 def test_a_missing_tar_is_an_error(tmp_path: Path) -> None:
