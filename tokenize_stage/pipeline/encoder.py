@@ -192,5 +192,5 @@ def keep_heap() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: nothing is too large for the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor given back
+        mallopt(-3, 192 * 2**20)  # M_MMAP_THRESHOLD: what is larger, as huge images, goes back
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing of the heap does
