@@ -152,3 +152,28 @@ def test_tasks_follow_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for task in range(3):
         assert muse_tokenize([*again, f"task={task}", "tasks=3"]) == 0
     assert status(store)["complete"] and muse_tokenize(["seal", str(store)]) == 0
+
+
+def test_what_a_smaller_plan_leaves_out_is_not_forgotten(tmp_path: Path) -> None:
+    make_store(tmp_path / "made", rows=20)  # for its tokenizer
+    for number in range(2):
+        (tmp_path / "in" / f"{number}").mkdir(parents=True)
+        Image.new("RGB", (9, 9), (50 * number, 0, 0)).save(tmp_path / "in" / f"{number}/a.png")
+    store = tmp_path / "store"
+    options = [
+        f"dataset.shards_path_or_url={tmp_path}/in",
+        "dataset.images_per_shard=1",
+        "dataset.preprocessing.resolution=8",
+        f"model.vq_model.pretrained={tmp_path}/made/vq",
+        f"store.path={store}",
+    ]
+    again = [f"config={store}/work/config.yaml"]
+    assert muse_tokenize(["plan", *options]) == 0
+    record_failure(store, "images-00000", "timed out")
+    assert muse_tokenize(["plan", *again, "--only-missing"]) == 0
+    assert muse_tokenize(again) == 0
+    now = status(store)
+    assert now["failed"] == {"images-00000": "timed out"} and not now["sealed"]
+    assert f"next: muse-tokenize plan {again[0]}, then muse-tokenize {again[0]}" in describe(now)
+    assert muse_tokenize(["plan", *again]) == 0 and muse_tokenize(again) == 0
+    assert status(store)["complete"] and status(store)["sealed"]

@@ -22,7 +22,7 @@ from threading import Event
 from configs.load import dump_config, load_command_config
 from storage.atomic import atomic_file, sweep_staging
 from storage.seal import seal
-from storage.writer import create_store, expect_shards
+from storage.writer import create_store, expect_shards, expected_shards
 from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.pipeline.batches import batches, stacked_pixels
 from tokenize_stage.pipeline.decode_ahead import decode_ahead
@@ -79,10 +79,11 @@ def main(argv: list[str] | None = None) -> int:
             state = run(job, stages, progress, stop)
         except OutOfRange as error:
             return refuse(error)
-    is_complete = not unfinished(job.store, job.names)
+    names = expected_shards(job.store)  # those of earlier, larger plans, too
+    is_complete = not unfinished(job.store, names)
     if is_complete:
         seal(job.store)  # the last task does; that two may is harmless
-    print_summary(job.store, job.names, progress, stages.views, is_complete)
+    print_summary(job.store, names, progress, stages.views, is_complete)
     for line in stages.text.summary() if job.todo else ():
         print(line)
     if state == "stopped":

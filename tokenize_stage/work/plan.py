@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.atomic import atomic_file
-from tokenize_stage.sources.input_shards import InputShard
+from tokenize_stage.sources.sample import InputShard
 
 WORK = "work"  # STORE/work: who does what; no part of the store
 PLAN = re.compile(r"plan-(\d{4,})\.parquet")

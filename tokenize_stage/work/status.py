@@ -23,6 +23,7 @@ from storage.progress import progress_bar
 from storage.schema import read_meta
 from storage.writer import expected_shards
 from tokenize_stage.work.ledger import REPORT_S, failures, task_reports
+from tokenize_stage.work.plan import read_plan
 
 SILENCE_S = 8 * REPORT_S  # a running task that says nothing for so long is lost
 NAMES = 5  # of shards that are written out
@@ -60,6 +61,7 @@ def status(store: Path) -> dict[str, Any]:
         reasons.update(summary["skip_reasons"])
     failed = {name: r["reason"] for name, r in failures(store).items() if name not in done}
     missing = sorted(expected_shards(store) - done - set(failed))
+    plan = read_plan(store)
     tasks = [_with_state(report, time.time()) for report in task_reports(store)]
     rate = sum(task["images_per_s"] for task in tasks if task["state"] == "running")
     left = len(missing) * rows / len(done) if done else None
@@ -73,6 +75,7 @@ def status(store: Path) -> dict[str, Any]:
         "skipped": dict(reasons.most_common()),
         "failed": failed,
         "missing": missing,
+        "planned": plan is None or {*missing, *failed} <= set(plan.names),
         "tasks": tasks,
         "images_per_s": rate,
         "eta_s": left / rate if left is not None and rate else None,
@@ -139,7 +142,9 @@ def _next_commands(now: dict[str, Any]) -> list[str]:
         return [f"next: muse-tokenize {f'audit store={store}' if done else f'seal {store}'}"]
     if any(task["state"] == "running" for task in now["tasks"]):
         return []
-    return [f"next: muse-tokenize config={store}/work/config.yaml"]
+    command = f"muse-tokenize config={store}/work/config.yaml"
+    again = f"muse-tokenize plan config={store}/work/config.yaml, then "
+    return [f"next: {'' if now['planned'] else again}{command}"]
 
 
 def _with_state(report: dict[str, Any], now: float) -> dict[str, Any]:
