@@ -22,8 +22,8 @@ bench: $(READY)  ## prints tables; not part of the tests; the models want 20 GiB
 	$(BIN)/python -m storage.bench
 	$(BIN)/python -m tokenize_stage.bench
 	$(BIN)/python -m train_stage.bench
-	$(BIN)/python -m train_stage.bench_models --compile
-	$(BIN)/python -m train_stage.bench_loss
+	$(BIN)/python -m train_stage.benchmarks.bench_models --compile
+	$(BIN)/python -m train_stage.benchmarks.bench_loss
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -25,14 +25,17 @@ from tokenize_stage.vq.movq import MOVQ
 from tokenize_stage.vq.paella_vq import PaellaVQModel
 from tokenize_stage.vq.vqgan import VQGANModel
 from tokenize_stage.work.work_split import share_of
-from train_stage import amused, loss, masking, parallel_decoding, sampling
-from train_stage.ema import EMA
-from train_stage.mask_schedule import get_mask_schedule
-from train_stage.optimizer import Lion, lr_factor
-from train_stage.parallel_decoding import hidden_counts, step_temperatures, uniform_noise
-from train_stage.pipeline import MusePipeline
-from train_stage.transformer import MaskGitTransformer
-from train_stage.uvit import MaskGiTUViT, sinusoidal_encode
+from train_stage.models import amused
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.uvit import MaskGiTUViT, sinusoidal_encode
+from train_stage.objective import loss, masking
+from train_stage.objective.mask_schedule import get_mask_schedule
+from train_stage.pipeline.muse_pipeline import MusePipeline
+from train_stage.sampling import generation as sampling
+from train_stage.sampling import parallel_decoding
+from train_stage.sampling.parallel_decoding import hidden_counts, step_temperatures, uniform_noise
+from train_stage.training.ema import EMA
+from train_stage.training.optimizer import Lion, lr_factor
 
 VQ_METHODS = {"encode": "encode_latents", "decode": "decode_latents"}
 
@@ -208,7 +211,7 @@ def loss_weight(ratio, mask, min_val=0.3):
     return masking.predict_all_weights(masking.MaskDraw(mask.bool(), ratio), min_val)
 
 
-# sampling: what the reference and diffusers call the parts of train_stage/parallel_decoding.py
+# sampling: what the reference and diffusers call the parts of parallel_decoding.py
 
 
 def generate2(model, empty_embeds=None, empty_cond_embeds=None, guidance_schedule=None, **given):

@@ -9,10 +9,10 @@ from PIL import Image
 
 from tokenize_stage.text.text_encoder import TextEncoder
 from tokenize_stage.vq.vqgan import VQGANModel
-from train_stage.pipeline import MusePipeline
-from train_stage.pipeline_folder import PipelineSettings
-from train_stage.transformer import MaskGitTransformer
-from train_stage.uvit import MaskGiTUViT
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.uvit import MaskGiTUViT
+from train_stage.pipeline.muse_pipeline import MusePipeline
+from train_stage.pipeline.pipeline_folder import PipelineSettings
 
 transformers = pytest.importorskip("transformers")  # skips the tests that import this
 

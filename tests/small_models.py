@@ -2,8 +2,8 @@
 
 import torch
 
-from train_stage.transformer import MaskGitTransformer
-from train_stage.uvit import MaskGiTUViT
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.uvit import MaskGiTUViT
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 CODES = dict(codebook_size=60, num_vq_tokens=16, initializer_range=0.2)

@@ -21,7 +21,7 @@ from train_stage.config import TrainConfig
 from train_stage.demo import DemoConfig
 from train_stage.evaluate import EvaluateConfig
 from train_stage.generate import GenerateConfig
-from train_stage.transformer import MaskGitTransformerConfig
+from train_stage.models.transformer import MaskGitTransformerConfig
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train_stage.optimizer import no_decay
+from train_stage.training.optimizer import no_decay
 
 CASES = Path(__file__).parent / "parity"
 ALLOWED = {"float": 1e-4, "number": 1e-4, "image": 1 / 255, "exact": 0.0, "plain": 0.0}

@@ -34,7 +34,7 @@ from train_stage.demo import DemoConfig
 from train_stage.evaluate import EvaluateConfig
 from train_stage.generate import GenerateConfig
 from train_stage.generate import main as muse_generate
-from train_stage.sizes import size_table
+from train_stage.models.sizes import size_table
 from train_stage.train import main as muse_train
 
 ROOT = Path(__file__).parents[1]

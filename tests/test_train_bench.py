@@ -9,9 +9,9 @@ from itertools import repeat
 import pytest
 
 from train_stage import bench
-from train_stage.bench_limits import numpy_take
-from train_stage.bench_measure import Result, check_rows, measure_all, write_form, write_random
-from train_stage.bench_peers import PEERS, WRITERS
+from train_stage.benchmarks.limits import numpy_take
+from train_stage.benchmarks.measure import Result, check_rows, measure_all, write_form, write_random
+from train_stage.benchmarks.peers import PEERS, WRITERS
 
 ROWS = 700  # no whole number of batches, shards or workers
 WAYS = {way.name: way for way in bench.LIMITS + bench.OURS + PEERS}

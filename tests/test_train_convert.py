@@ -10,18 +10,18 @@ import torch
 from tokenize_stage.vq import load_vq_model
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
 from tokenize_stage.vq.vqgan import VQGANModel
-from train_stage.amused import (
+from train_stage.convert import main
+from train_stage.models.amused import (
     config_from_amused,
     config_to_amused,
     save_amused_transformer,
     state_from_amused,
     state_to_amused,
 )
-from train_stage.convert import main
-from train_stage.load_transformer import load_transformer
-from train_stage.pipeline import MusePipeline
-from train_stage.transformer import MaskGitTransformer
-from train_stage.uvit import MaskGiTUViT
+from train_stage.models.load_transformer import load_transformer
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.uvit import MaskGiTUViT
+from train_stage.pipeline.muse_pipeline import MusePipeline
 
 DATA = Path(__file__).parent / "data"
 UVIT = {  # UVit2DModel's keywords

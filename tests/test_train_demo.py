@@ -17,8 +17,8 @@ from tokenize_stage.config import TokenizeConfig
 from tokenize_stage.vq_training.config import TrainVQConfig
 from train_stage.config import TrainConfig
 from train_stage.demo import DemoConfig, plan_parts
-from train_stage.demo_data import CLASS_NAMES, FETCHED, FILES, INSTALLED, main, write_tars
-from train_stage.demo_parts import Part, run_parts
+from train_stage.demos.demo_data import CLASS_NAMES, FETCHED, FILES, INSTALLED, main, write_tars
+from train_stage.demos.demo_parts import Part, run_parts
 from train_stage.evaluate import EvaluateConfig
 from train_stage.generate import GenerateConfig
 from train_stage.pictures import read_pictures
@@ -28,7 +28,7 @@ from train_stage.pictures import read_pictures
 DEMO = """
 import signal, sys
 from pathlib import Path
-from train_stage.demo_parts import Part, run_parts
+from train_stage.demos.demo_parts import Part, run_parts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 folder, work = Path(sys.argv[1]), sys.argv[2]
 first = ["python", "-c", f"open('{folder}/log', 'a').write('first\\\\n'); open('{folder}/a', 'w')"]
@@ -268,7 +268,7 @@ def test_a_download_is_whole_or_fetched_again(tmp_path, monkeypatch, capsys) -> 
         fetched.append("whole")
         write_splits(folder / INSTALLED)
 
-    monkeypatch.setattr("train_stage.demo_data.INSTALLED", Path(f"{tmp_path}/not-installed"))
+    monkeypatch.setattr("train_stage.demos.demo_data.INSTALLED", Path(f"{tmp_path}/not-installed"))
     monkeypatch.delitem(FETCHED, "torchvision")
     words = [f"output_dir={tmp_path}/out"]
     monkeypatch.setitem(FETCHED, "debian", (killed, INSTALLED))

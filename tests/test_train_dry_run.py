@@ -9,11 +9,11 @@ from store_factory import make_store
 
 from configs.load import ConfigError, load_config
 from train_stage.config import TrainConfig
-from train_stage.dry_run import describe, expected_masked
-from train_stage.mask_schedule import get_mask_schedule
-from train_stage.masking import draw_mask
-from train_stage.sizes import count_parameters
-from train_stage.transformer import MaskGitTransformer
+from train_stage.models.sizes import count_parameters
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.objective.mask_schedule import get_mask_schedule
+from train_stage.objective.masking import draw_mask
+from train_stage.training.dry_run import describe, expected_masked
 
 FIELDS = {
     "hidden_size": 64,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tokenize_stage.vq.maskgit_vqgan import MaskGitVQGAN
-from train_stage.classifier import (
+from train_stage.evaluate import EvaluateConfig, compare, disjoint_rows, evaluate, main
+from train_stage.evaluation.classifier import (
     PictureClassifier,
     classify,
     frechet_distance,
@@ -15,7 +16,6 @@ from train_stage.classifier import (
     mean_pairwise_distance,
     train_classifier,
 )
-from train_stage.evaluate import EvaluateConfig, compare, disjoint_rows, evaluate, main
 from train_stage.pictures import save_pictures
 
 CLASSES = ["corner", "bar", "blank"]

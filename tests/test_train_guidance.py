@@ -15,9 +15,9 @@ from small_models import (
     uvit_negative,
 )
 
-from train_stage.guidance import distinct_rows, guidance_scales, select_rows
-from train_stage.layers import LayerContext
-from train_stage.sampling import generate
+from train_stage.models.layers import LayerContext
+from train_stage.sampling.generation import generate
+from train_stage.sampling.guidance import distinct_rows, guidance_scales, select_rows
 
 
 @pytest.fixture(scope="module")

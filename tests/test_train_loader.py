@@ -11,10 +11,10 @@ from storage.schema import StoreMismatch
 from storage.seal import seal
 from storage.tombstones import drop
 from storage.writer import ShardWriter
-from train_stage.compiled import copy_rows, copy_rows_numpy, gather
-from train_stage.loader import Source, TokenLoader
-from train_stage.rows_in_memory import available_memory, check_fits, control_groups
-from train_stage.store_stream import Reading
+from train_stage.loading.compiled_loops import copy_rows, copy_rows_numpy, gather
+from train_stage.loading.loader import Source, TokenLoader
+from train_stage.loading.rows_in_memory import available_memory, check_fits, control_groups
+from train_stage.loading.store_stream import Reading
 
 WINDOW = Reading(shuffle="window", window_chunks=2)
 

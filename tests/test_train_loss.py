@@ -7,11 +7,11 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train_stage.chunked_loss
-from train_stage.chunked_loss import linear_cross_entropy, score_chunk
-from train_stage.loss import IGNORE, MaskedLoss, masked_loss, token_loss
-from train_stage.transformer import MaskGitTransformer
-from train_stage.uvit import MaskGiTUViT
+import train_stage.objective.chunked_loss
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.uvit import MaskGiTUViT
+from train_stage.objective.chunked_loss import linear_cross_entropy, score_chunk
+from train_stage.objective.loss import IGNORE, MaskedLoss, masked_loss, token_loss
 
 ROWS, WIDTH, OUTPUTS = 90, 8, 40
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -150,7 +150,7 @@ def test_mixed_precision_with_a_scaled_loss(dtype):
 @pytest.mark.parametrize("chunk_logits", [2**24, 640])  # all at once, ten rows at a time
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_is_the_loss_of_forward(kind, chunk_logits, monkeypatch):
-    monkeypatch.setattr(train_stage.chunked_loss, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(train_stage.objective.chunked_loss, "CHUNK_LOGITS", chunk_logits)
     model, condition = make_model(kind)
     input_ids, labels, _ = make_batch(0.5)
     _, plain = model(input_ids, **condition, labels=labels, label_smoothing=0.1)
@@ -166,7 +166,7 @@ def test_loss_is_the_loss_of_forward(kind, chunk_logits, monkeypatch):
 @pytest.mark.parametrize("kind", ["class", "uvit"])
 def test_weights_of_codes(kind, monkeypatch):
     """Codes that are not scored count below the line, as published."""
-    monkeypatch.setattr(train_stage.chunked_loss, "CHUNK_LOGITS", 640)
+    monkeypatch.setattr(train_stage.objective.chunked_loss, "CHUNK_LOGITS", 640)
     model, condition = make_model(kind)
     input_ids, labels, _ = make_batch(0.5)
     weight = torch.rand(4, 16)
@@ -188,7 +188,7 @@ def test_nothing_scored_is_no_number():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_training_path_is_the_plain_path(kind, checkpointing, monkeypatch):
-    monkeypatch.setattr(train_stage.chunked_loss, "CHUNK_LOGITS", 640)
+    monkeypatch.setattr(train_stage.objective.chunked_loss, "CHUNK_LOGITS", 640)
     model, condition = make_model(kind)
     model.train().gradient_checkpointing = checkpointing
     input_ids, labels, positions = make_batch(0.7)

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from train_stage.loss import MaskedLoss, bucket_of, soft_target_cross_entropy
-from train_stage.mask_schedule import get_mask_schedule
-from train_stage.masking import apply_mask, class_tokens, draw_mask, prepend_token
-from train_stage.transformer import MaskGitTransformer
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.objective.loss import MaskedLoss, bucket_of, soft_target_cross_entropy
+from train_stage.objective.mask_schedule import get_mask_schedule
+from train_stage.objective.masking import apply_mask, class_tokens, draw_mask, prepend_token
 
 NAMES = ["cosine", "linear", "arccos", "square", "sqrt", "pow3", "pow0.5", "sigmoid"]
 

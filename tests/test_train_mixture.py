@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_stage.mixture import BLOCK, Mixture, share_places, shares
+from train_stage.loading.mixture import BLOCK, Mixture, share_places, shares
 
 quick = settings(deadline=None, max_examples=25)
 weights = st.lists(st.floats(0.01, 1), min_size=1, max_size=6)

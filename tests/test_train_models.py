@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from train_stage.attention import attend, check_backend, mask_bias
-from train_stage.layers import NormStyle
-from train_stage.transformer import MaskGitTransformer
-from train_stage.uvit import MaskGiTUViT
+from train_stage.models.attention import attend, check_backend, mask_bias
+from train_stage.models.layers import NormStyle
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.uvit import MaskGiTUViT
 
 MODELS = {"MaskGitTransformer": MaskGitTransformer, "MaskGiTUViT_v2": MaskGiTUViT}
 PUBLISHED = {

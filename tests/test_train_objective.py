@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from train_stage.config import TrainingConfig, split_batch
-from train_stage.loader import Batch
-from train_stage.loss import MaskedLoss
-from train_stage.mask_schedule import get_mask_schedule
-from train_stage.objective import Sums, describe_sums, mask_batch
-from train_stage.transformer import MaskGitTransformer
+from train_stage.loading.loader import Batch
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.objective.loss import MaskedLoss
+from train_stage.objective.mask_schedule import get_mask_schedule
+from train_stage.objective.masked_batch import Sums, describe_sums, mask_batch
 
 COSINE = get_mask_schedule("cosine")
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_stage import order
-from train_stage.compiled import compile_loops
-from train_stage.order import FullOrder, hash_array, hash_words, permute, runs
+from train_stage.loading import order
+from train_stage.loading.compiled_loops import compile_loops
+from train_stage.loading.order import FullOrder, hash_array, hash_words, permute, runs
 
 quick = settings(deadline=None, max_examples=60)
 SIZES = [2, 3, 5, 8, 9, 16, 17, 64, 65, 1000, 1024, 1025, 4097]
@@ -63,7 +63,8 @@ def test_loops_and_numpy_agree(size, monkeypatch):
 def test_without_numba_the_order_is_the_same():
     script = (
         "import sys; sys.modules['numba'] = None\n"
-        "import numpy as np; from train_stage.order import permute, _network, _permute_rectangle\n"
+        "import numpy as np\n"
+        "from train_stage.loading.order import permute, _network, _permute_rectangle\n"
         "assert _permute_rectangle is _network\n"
         "print(permute(np.arange(5), 10**9, 1, 2).tolist())"
     )

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from train_stage.mask_schedule import get_mask_schedule
-from train_stage.parallel_decoding import (
+from train_stage.objective.mask_schedule import get_mask_schedule
+from train_stage.sampling.generation import add_mask_noise
+from train_stage.sampling.parallel_decoding import (
     decode,
     exponential_noise,
     hidden_counts,
@@ -13,7 +14,6 @@ from train_stage.parallel_decoding import (
     step_temperatures,
     take,
 )
-from train_stage.sampling import add_mask_noise
 
 MASK, K = 31, 30
 

@@ -24,10 +24,10 @@ from pipeline_factory import (
 
 from tokenize_stage.vq.amused_vq import save_amused_vq
 from train_stage import pictures
-from train_stage.amused import save_amused_transformer
-from train_stage.pipeline import MusePipeline
-from train_stage.pipeline_folder import PipelineSettings
-from train_stage.transformer import MaskGitTransformer
+from train_stage.models.amused import save_amused_transformer
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.pipeline.muse_pipeline import MusePipeline
+from train_stage.pipeline.pipeline_folder import PipelineSettings
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_from_the_hub_what_is_needed_is_fetched(pipe, amused, tmp_path, monkeypa
                 shutil.copy(path, cache / place)
         return str(cache)
 
-    for module in ("train_stage.pipeline_folder", "storage.pretrained"):
+    for module in ("train_stage.pipeline.pipeline_folder", "storage.pretrained"):
         monkeypatch.setattr(f"{module}.snapshot_download", fetch)
     fetched = MusePipeline.from_pretrained("someone/muse", revision="main", device="cpu")
     made = [x("a cat", generator=seeded(), output_type="codes") for x in (fetched, pipe)]

@@ -18,8 +18,8 @@ from storage.file_cache import CacheOptions
 from storage.reader import TokenStore
 from storage.seal import seal
 from storage.tombstones import drop
-from train_stage.loader import TokenLoader
-from train_stage.store_stream import Reading
+from train_stage.loading.loader import TokenLoader
+from train_stage.loading.store_stream import Reading
 
 
 @pytest.fixture(autouse=True)

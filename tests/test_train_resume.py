@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from store_factory import make_store
 
 import train_stage.train
-from train_stage.preemption import EXIT_SAVED
+from train_stage.training.preemption import EXIT_SAVED
 
 STEPS = 12
 SMALL = [

@@ -16,9 +16,9 @@ from small_models import (
 )
 from torch._dynamo.testing import CompileCounter
 
-from train_stage.mask_schedule import get_mask_schedule
-from train_stage.parallel_decoding import least_confident, step_temperatures
-from train_stage.sampling import add_mask_noise, generate
+from train_stage.objective.mask_schedule import get_mask_schedule
+from train_stage.sampling.generation import add_mask_noise, generate
+from train_stage.sampling.parallel_decoding import least_confident, step_temperatures
 
 
 @pytest.fixture(scope="module")

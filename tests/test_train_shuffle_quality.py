@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from train_stage import shuffle_quality
-from train_stage.order import FullOrder
-from train_stage.shuffle_quality import (
+from train_stage.loading import shuffle_quality
+from train_stage.loading.order import FullOrder
+from train_stage.loading.shuffle_quality import (
     batch_noise,
     displacement,
     distinct_per_batch,
@@ -13,7 +13,7 @@ from train_stage.shuffle_quality import (
     longest_run,
     neighbour_correlation,
 )
-from train_stage.window_order import WindowOrder
+from train_stage.loading.window_order import WindowOrder
 
 ROWS = 100_000
 UNSHUFFLED = np.arange(ROWS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train_stage.sizes import (
+from train_stage.models.sizes import (
     CLASS_CONDITIONAL,
     MODELS,
     SIZES,
@@ -12,8 +12,8 @@ from train_stage.sizes import (
     flops_per_token,
     size_fields,
 )
-from train_stage.transformer import MaskGitTransformer
-from train_stage.uvit import MaskGiTUViT, MaskGiTUViTConfig
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.uvit import MaskGiTUViT, MaskGiTUViTConfig
 
 VIT = {"tiny": 5.7, "small": 22, "base": 86, "large": 304, "xl": 632}  # M, the last is ViT-Huge
 

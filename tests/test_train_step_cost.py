@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_stage import step_cost
-from train_stage.loss import MaskedLoss
-from train_stage.sizes import condition_shapes
-from train_stage.step_cost import (
+from train_stage.models.sizes import condition_shapes
+from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.uvit import MaskGiTUViT
+from train_stage.objective.loss import MaskedLoss
+from train_stage.training import step_cost
+from train_stage.training.step_cost import (
     AUTOCAST,
     Ledger,
     Step,
@@ -24,8 +26,6 @@ from train_stage.step_cost import (
     make_inputs,
     no_data,
 )
-from train_stage.transformer import MaskGitTransformer
-from train_stage.uvit import MaskGiTUViT
 
 SMALL = {
     "hidden_size": 64,
@@ -166,7 +166,7 @@ def test_the_ways_of_a_gpu(monkeypatch, kind, norm, precision):
 def test_a_process_forked_afterwards_can_train():
     """Counting leaves no thread of autograd behind, which no fork could bear."""
     code = (
-        "import os, torch; from train_stage.step_cost import no_data\n"
+        "import os, torch; from train_stage.training.step_cost import no_data\n"
         "x = torch.ones(2, requires_grad=True)\n"
         "with no_data():\n"
         "    torch.ones(2, requires_grad=True).sum().backward()\n"
@@ -179,10 +179,10 @@ def test_a_process_forked_afterwards_can_train():
 
 MEASURE = """
 import json, sys, torch, torch._dynamo
-from train_stage.loss import MaskedLoss
-from train_stage.optimizer import make_optimizer
-from train_stage.step_cost import Step, make_inputs
-from train_stage.transformer import MaskGitTransformer
+from train_stage.objective.loss import MaskedLoss
+from train_stage.training.optimizer import make_optimizer
+from train_stage.training.step_cost import Step, make_inputs
+from train_stage.models.transformer import MaskGitTransformer
 
 def memory(name):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) * 1024

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_stage.window_order import WindowOrder
+from train_stage.loading.window_order import WindowOrder
 
 quick = settings(deadline=None, max_examples=60)
 

@@ -24,8 +24,8 @@ import numpy as np
 from storage.reader import TokenStore
 from storage.schema import ArrayColumn, StoreMeta, Tokenizer
 from storage.writer import ShardWriter, create_store
-from train_stage.bench_limits import BATCH, Pair, memory_copy_gb_s, native_gather, numpy_take
-from train_stage.bench_measure import (
+from train_stage.benchmarks.limits import BATCH, Pair, memory_copy_gb_s, native_gather, numpy_take
+from train_stage.benchmarks.measure import (
     CODEBOOK,
     CODES,
     EPOCHS,
@@ -37,9 +37,9 @@ from train_stage.bench_measure import (
     measure_all,
     memory_growth_mb,
 )
-from train_stage.bench_peers import PEERS, SHARDS, WRITERS, pieces
-from train_stage.loader import TokenLoader
-from train_stage.store_stream import Reading
+from train_stage.benchmarks.peers import PEERS, SHARDS, WRITERS, pieces
+from train_stage.loading.loader import TokenLoader
+from train_stage.loading.store_stream import Reading
 
 
 def write_store(folder: Path, codes: np.ndarray, labels: np.ndarray, backend: str) -> None:

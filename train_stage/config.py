@@ -11,11 +11,11 @@ from omegaconf import MISSING
 
 from configs.load import ConfigError, build_section, open_section
 from storage.schema import StoreMeta, Tokenizer
-from train_stage.attention import AttentionBackend
-from train_stage.loader import check_divides
-from train_stage.sizes import size_fields
-from train_stage.store_stream import Preload, Shuffle, Views
-from train_stage.transformer import MaskGitTransformerConfig
+from train_stage.loading.loader import check_divides
+from train_stage.loading.store_stream import Preload, Shuffle, Views
+from train_stage.models.attention import AttentionBackend
+from train_stage.models.sizes import size_fields
+from train_stage.models.transformer import MaskGitTransformerConfig
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:

@@ -29,10 +29,10 @@ from configs.load import load_command_config
 from storage.atomic import atomic_directory
 from storage.pretrained import CONFIG_NAME, PretrainedModel, find_model, read_config
 from train_stage import pictures
-from train_stage.amused import load_amused_transformer, save_amused_transformer
-from train_stage.load_transformer import load_transformer
-from train_stage.pipeline_folder import SETTINGS, default_grid, find_folder, read_settings
-from train_stage.uvit import MaskGiTUViT
+from train_stage.models.amused import load_amused_transformer, save_amused_transformer
+from train_stage.models.load_transformer import load_transformer
+from train_stage.models.uvit import MaskGiTUViT
+from train_stage.pipeline.pipeline_folder import SETTINGS, default_grid, find_folder, read_settings
 
 INDEX = "model_index.json"  # of a diffusers pipeline
 TEXT_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors")

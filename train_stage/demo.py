@@ -22,7 +22,7 @@ from configs.load import load_command_config
 from storage.atomic import atomic_file
 from storage.reader import TokenStore
 from storage.stats import store_sizes
-from train_stage.demo_parts import Part, Progress, run_parts
+from train_stage.demos.demo_parts import Part, Progress, run_parts
 
 RUN = Path("runs/demo")
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 def plan_parts(config: DemoConfig) -> list[Part]:
     """The commands of the demo, in order, with what each part makes in runs/demo."""
     data = [f"data={config.data}"] if config.data is not None else []
-    prepare = ["python", "-m", "train_stage.demo_data", "output_dir=runs/demo/data", *data]
+    prepare = ["python", "-m", "train_stage.demos.demo_data", "output_dir=runs/demo/data", *data]
     train_vq = ["muse-train-vq", yaml("train_vq"), *config.train_vq.split()]
     tokenize = ["muse-tokenize", yaml("tokenize"), *config.tokenize.split(), "tasks=2"]
     store = "runs/demo/store"

@@ -2,7 +2,7 @@
 
     muse-evaluate config=configs/evaluate/fashion_mnist.yaml generated=FOLDER output_dir=FOLDER
 
-A classifier trained on real pictures (train_stage/classifier.py) is asked about generated ones
+A classifier trained on real pictures (evaluation/classifier.py) is asked about generated ones
 (sub-folders named by class id, as muse-generate writes them). n of these and n real test pictures
 are each held against the same n other test pictures: what real pictures reach is the best value.
 Writes OUTPUT_DIR/evaluation.json, generated_vs_real.png and, given a tokenizer,
@@ -23,14 +23,13 @@ from omegaconf import MISSING
 from configs.load import load_command_config
 from storage.atomic import atomic_file
 from storage.fingerprint import fingerprint
-from train_stage.classifier import (
+from train_stage.evaluation.classifier import (
     PictureClassifier,
     classify,
     frechet_distance,
     mean_pairwise_distance,
     train_classifier,
 )
-from train_stage.devices import pick_device
 from train_stage.pictures import (
     VQModel,
     decode_codes,
@@ -39,6 +38,7 @@ from train_stage.pictures import (
     read_pictures,
     save_grid,
 )
+from train_stage.training.devices import pick_device
 
 Pictures = tuple[torch.Tensor, torch.Tensor]  # (n, 3, R, R) uint8, class ids (n,) int64
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from configs.load import load_command_config
 from storage.atomic import write_json
 from train_stage import pictures
-from train_stage.order import hash_words
-from train_stage.pipeline import MusePipeline
-from train_stage.pipeline_inputs import Canvas
+from train_stage.loading.order import hash_words
+from train_stage.pipeline.muse_pipeline import MusePipeline
+from train_stage.pipeline.pipeline_inputs import Canvas
 
 SETTINGS = "generate.json"
 
@@ -41,7 +41,7 @@ class Group(NamedTuple):
 @dataclass
 class GenerateConfig:
     model: str = MISSING
-    """A pipeline (see train_stage/pipeline_folder.py) or a model directory (RUN/model,
+    """A pipeline (see train_stage/pipeline/pipeline_folder.py) or a model directory (RUN/model,
     RUN/checkpoint-1000/unwrapped_model): a folder or a hub name."""
     output_dir: str = MISSING
     """Where pictures go."""

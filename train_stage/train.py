@@ -20,11 +20,9 @@ from typing import Any
 import torch
 
 from configs.load import dump_config, load_command_config
-from train_stage.checkpoint import save_checkpoint, save_model
 from train_stage.config import TrainConfig
-from train_stage.dry_run import describe
-from train_stage.loader import Batch, TokenLoader
-from train_stage.objective import (
+from train_stage.loading.loader import Batch, TokenLoader
+from train_stage.objective.masked_batch import (
     DROPOUT,
     MaskedBatch,
     Sums,
@@ -33,10 +31,12 @@ from train_stage.objective import (
     mask_batch,
     stream_seed,
 )
-from train_stage.optimizer import lr_factor
-from train_stage.preemption import EXIT_REFUSED, EXIT_SAVED, StopFlag
-from train_stage.run_log import RunLog, say
-from train_stage.setup_run import Run, set_up
+from train_stage.training.checkpoint import save_checkpoint, save_model
+from train_stage.training.dry_run import describe
+from train_stage.training.optimizer import lr_factor
+from train_stage.training.preemption import EXIT_REFUSED, EXIT_SAVED, StopFlag
+from train_stage.training.run_log import RunLog, say
+from train_stage.training.setup_run import Run, set_up
 
 EVAL_ROWS = 8192  # the validation loss uses this many rows at most
 

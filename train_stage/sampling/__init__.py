@@ -1,0 +1,1 @@
+"""Step 8: codes from a condition, by parallel decoding."""
