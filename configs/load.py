@@ -208,3 +208,10 @@ def _field_docs(schema: type) -> dict[str, str]:
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             docs[field.target.id] = " ".join(str(after.value.value).split())
     return docs
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raises ValueError, naming the key, for a value outside [low, high]."""
+    if not low <= value <= high:
+        legal = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
+        raise ValueError(f"{name}={value}: legal are {legal}")

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from train_stage.config import TrainingConfig, split_batch
 from train_stage.loading.loader import Batch
 from train_stage.models.transformer import MaskGitTransformer
 from train_stage.objective.loss import MaskedLoss
 from train_stage.objective.mask_schedule import get_mask_schedule
-from train_stage.objective.masked_batch import Sums, describe_sums, mask_batch
+from train_stage.objective.masked_batch import mask_batch
+from train_stage.objective.sums import Sums, describe_sums
+from train_stage.training.config import TrainingConfig, split_batch
 
 COSINE = get_mask_schedule("cosine")
 
@@ -31,7 +32,8 @@ def make_batch(rows, step=0, part=slice(None)):
 
 def mask(batch, rank=0, world=1, device="cpu", **options):
     config = TrainingConfig(max_train_steps=1, **options)
-    return mask_batch(batch, tiny_model(), config, COSINE, rank, world, torch.device(device))
+    where = torch.device(device)
+    return mask_batch(batch, tiny_model(), config, config.seed, COSINE, rank, world, where)
 
 
 def masked_classes(cond_dropout_prob, rows):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from store_factory import make_store
 from test_train_resume import SMALL, refused, run_to_end
 
-from train_stage.config import ModelConfig
+from train_stage.models.config import ModelConfig
 from train_stage.models.sizes import size_fields
 from train_stage.train import main as train_main
 

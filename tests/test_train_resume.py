@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from store_factory import make_store
 
 import train_stage.train
+from train_stage.training import loop
 from train_stage.training.preemption import EXIT_SAVED
 
 STEPS = 12
@@ -52,14 +53,14 @@ def child(argv, kill_before_step, send):
     """Trains in this process; `send` this signal to itself before that step."""
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # what the parent may have had
-    real = train_stage.train.training_step
+    real = loop.training_step
 
     def step_or_die(run, window):
         if run.step == kill_before_step:
             os.kill(os.getpid(), send)
         return real(run, window)
 
-    train_stage.train.training_step = step_or_die
+    loop.training_step = step_or_die
     sys.stdout = sys.stderr = open(os.devnull, "w")
     os._exit(train_stage.train.main(argv))
 

@@ -9,14 +9,16 @@ import os
 import torch
 from torch import nn
 
-from train_stage.config import TrainConfig, split_batch, tokenizer_of, transformer_fields
+from train_stage.config import TrainConfig
 from train_stage.loading.loader import TokenLoader
 from train_stage.loading.store_stream import Reading
+from train_stage.models.config import tokenizer_of, transformer_fields
 from train_stage.models.sizes import condition_shapes, count_parameters
 from train_stage.models.token_transformer import TokenTransformer
 from train_stage.models.transformer import MaskGitTransformer
 from train_stage.objective.mask_schedule import Schedule, get_mask_schedule
-from train_stage.training.setup_run import open_sources
+from train_stage.training.config import split_batch
+from train_stage.training.loaders import open_sources
 from train_stage.training.step_cost import Device, Step, StepCost, count_step
 
 GPU = "H100"

@@ -8,7 +8,7 @@ from storage.reader import TokenStore
 from storage.schema import Tokenizer
 from train_stage import pictures
 from train_stage.config import TrainConfig
-from train_stage.models.transformer import MaskGitTransformer
+from train_stage.models.token_transformer import TokenTransformer
 from train_stage.sampling.generation import generate
 from train_stage.training.ema import EMA
 
@@ -23,7 +23,7 @@ class SampleWriter:
         pictures.check_tokenizer(self.vq, tokenizer)
         self.class_names = store.meta.transform.get("class_names") or []
 
-    def write(self, model: MaskGitTransformer, ema: EMA | None, run: Path, step: int) -> Path:
+    def write(self, model: TokenTransformer, ema: EMA | None, run: Path, step: int) -> Path:
         """Writes RUN/samples/step-….png, from the averaged weights where there are any."""
         path = run / "samples" / f"step-{step:08d}.png"
         options, device = self.options, next(model.parameters()).device

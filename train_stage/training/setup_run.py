@@ -1,56 +1,29 @@
 """Building a training run from its configuration: store, model, optimizer, and where to go on."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_wandb_available
-from omegaconf import OmegaConf
-from torch import nn
-from torch.optim import Optimizer
 
-from configs.load import ConfigError, changed_keys, dump_config
+from configs.load import dump_config
 from storage.atomic import atomic_file
-from storage.file_cache import CacheOptions
-from storage.pretrained import find_model, load_strictly, read_weights
-from storage.reader import TokenStore
-from storage.schema import StoreMismatch
-from train_stage.config import TrainConfig, split_batch, tokenizer_of, transformer_fields
-from train_stage.loading.loader import Source, TokenLoader
-from train_stage.loading.store_stream import Reading
-from train_stage.models.transformer import MaskGitTransformer
+from train_stage.config import TrainConfig
+from train_stage.models.config import tokenizer_of
 from train_stage.objective.loss import MaskedLoss
-from train_stage.objective.mask_schedule import Schedule, get_mask_schedule
-from train_stage.objective.masked_batch import Sums
-from train_stage.training.checkpoint import choose_checkpoint, load_checkpoint
+from train_stage.objective.mask_schedule import get_mask_schedule
+from train_stage.objective.sums import Sums
+from train_stage.training.build_model import make_model
+from train_stage.training.checkpoint import choose_checkpoint
+from train_stage.training.config import split_batch
 from train_stage.training.ema import EMA
+from train_stage.training.loaders import make_eval_loader, make_loader, open_sources
 from train_stage.training.optimizer import make_optimizer
+from train_stage.training.resume import resume, same_step_everywhere
+from train_stage.training.run import Run
 from train_stage.training.run_log import say
 from train_stage.training.samples import SampleWriter
-
-
-@dataclass
-class Run:
-    """Everything of a training run that lives from step to step."""
-
-    config: TrainConfig
-    path: Path
-    accelerator: Accelerator
-    loader: TokenLoader
-    eval_loader: TokenLoader | None
-    model: MaskGitTransformer
-    loss_module: nn.Module  # MaskedLoss over the model, as accelerate wrapped it
-    optimizer: Optimizer  # as accelerate wrapped it
-    learning_rate: float  # at the peak of the schedule
-    ema: EMA | None
-    schedule: Schedule
-    passes: int  # forward passes per step and process
-    samples: SampleWriter | None
-    codes: dict[str, Any]  # what codes.json beside the weights says
-    sums: Sums  # since the last log line
-    step: int = 0
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -131,114 +104,3 @@ def set_up(config: TrainConfig) -> Run:
         with atomic_file(path / "config.yaml") as temporary:
             temporary.write_text(dump_config(config))
     return run
-
-
-def open_sources(config: TrainConfig) -> list[Source]:
-    """The stores to train on: the one of dataset.train_store, or the mixture's."""
-    data = config.dataset
-    if data.train_store is not None:
-        return [Source(open_store(config, data.train_store), filter=data.filter)]
-    if not data.mixture:
-        raise ConfigError("dataset.train_store is missing: the token store to train on")
-    return [
-        Source(open_store(config, entry.store), entry.weight, entry.repeat, entry.filter)
-        for entry in data.mixture
-    ]
-
-
-def open_store(config: TrainConfig, location: str) -> TokenStore:
-    """A store, with the configured cache if it is remote."""
-    return TokenStore(location, CacheOptions(max_bytes=int(config.dataset.cache_gb * 2**30)))
-
-
-def make_loader(
-    config: TrainConfig,
-    sources: list[Source],
-    global_batch: int,
-    accelerator: Accelerator,
-    max_rows: int | None,
-) -> TokenLoader:
-    """A loader over the stores for this process; codes travel narrow to a GPU."""
-    data = config.dataset
-    return TokenLoader(
-        sources,
-        global_batch,
-        config.training.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        Reading(data.codes_column, data.shuffle, data.window_chunks, data.views, data.preload),
-        max_rows=max_rows,
-        narrow=accelerator.device.type == "cuda",
-        device=accelerator.device,
-        quiet=not accelerator.is_main_process,
-    )
-
-
-def make_eval_loader(
-    config: TrainConfig,
-    store: TokenStore,
-    model: MaskGitTransformer,
-    global_batch: int,
-    accelerator: Accelerator,
-) -> TokenLoader | None:
-    """A loader over the evaluation store: same tokenizer, same grid, same classes."""
-    if config.dataset.eval_store is None:
-        return None
-    other, column = open_store(config, config.dataset.eval_store), config.dataset.codes_column
-    ours, theirs = tokenizer_of(store.meta, column), tokenizer_of(other.meta, column)
-    for name in ("fingerprint", "grid"):
-        if getattr(ours, name) != getattr(theirs, name):
-            found = f"{getattr(theirs, name)}, {store.path} has {getattr(ours, name)}"
-            raise StoreMismatch(f"{other.path}: the tokenizer's {name} is {found}")
-    if other.meta.transform.get("class_names") != store.meta.transform.get("class_names"):
-        raise StoreMismatch(f"{other.path} and {store.path} number other classes")
-    loader = make_loader(config, [Source(other)], global_batch, accelerator, None)
-    if loader.largest_class_id >= (model.config.num_classes or 0):
-        found = f"class ids up to {loader.largest_class_id}"
-        raise StoreMismatch(f"{other.path} has {found}, the model {model.config.num_classes}")
-    return loader
-
-
-def make_model(config: TrainConfig, store: TokenStore, loader: TokenLoader) -> MaskGitTransformer:
-    """The transformer that fits the store, with random or given weights."""
-    fields = transformer_fields(
-        config.model.transformer_given(),
-        store.meta,
-        config.dataset.codes_column,
-        loader.largest_class_id,
-    )
-    torch.manual_seed(config.training.seed)
-    model = MaskGitTransformer(**fields)
-    if config.model.pretrained_model_path is not None:
-        folder = find_model(config.model.pretrained_model_path)
-        load_strictly(model, read_weights(folder), str(folder))
-    model.gradient_checkpointing = config.model.gradient_checkpointing
-    model.set_attention(config.model.attention)
-    return model
-
-
-def resume(run: Run, checkpoint: Path) -> None:
-    """Goes to where a checkpoint was written; says which options have changed since."""
-    accelerator = run.accelerator
-    state = load_checkpoint(checkpoint, run.model, run.ema)
-    run.loader.load_state_dict(state["loader"], run.config.dataset.accept_changes)
-    run.optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"] is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    if accelerator.is_main_process:  # the sums of all processes are kept by the first
-        run.sums = Sums.from_flat(state["sums"].to(accelerator.device))
-    run.step = state["global_step"]
-    say(accelerator, f"going on from {checkpoint} (step {run.step})")
-    before = OmegaConf.load(checkpoint / "config.yaml")
-    for key, old, new in changed_keys(before, OmegaConf.create(dump_config(run.config))):
-        say(accelerator, f"  changed: {key} was {old}, is now {new}")
-
-
-def same_step_everywhere(run: Run) -> None:
-    """Refuses processes that found different checkpoints."""
-    steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device))
-    if len(set(steps.tolist())) > 1:
-        raise ValueError(
-            f"the processes would start from steps {sorted(set(steps.tolist()))}: "
-            f"experiment.output_dir={run.path} must be a folder that all nodes share"
-        )

@@ -1,0 +1,179 @@
+"""experiment.*, optimizer.*, lr_scheduler.*, training.*, wandb.*, generation.* of muse-train."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from configs.load import check_range
+from train_stage.loading.loader import check_divides
+from train_stage.objective.config import ObjectiveFields
+
+
+@dataclass
+class WandbConfig:
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """disabled: no wandb; offline needs no account (`wandb sync` uploads later)."""
+    entity: str | None = None
+    """The wandb entity (user or team); null is your default."""
+
+
+@dataclass
+class ExperimentConfig:
+    output_dir: str = MISSING
+    """The run directory: config.yaml, metrics.jsonl, samples/, checkpoint-*/, model/."""
+    name: str | None = None
+    """Name of the run in wandb; the directory's name when null."""
+    project: str = "open-muse"
+    """The wandb project."""
+    max_train_examples: int | None = None
+    """Train on only this many rows (of every store), chosen by training.seed."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    checkpoints_total_limit: int | None = 2
+    """How many checkpoints to keep; null keeps all."""
+    eval_every: int = 500
+    """Steps between validation losses; needs dataset.eval_store."""
+    generate_every: int = 0
+    """Steps between grids of generated pictures (same seed each time); 0 for none."""
+    log_every: int = 50
+    """Steps between log lines."""
+    resume_from_checkpoint: str | None = "latest"
+    """"latest" (start when there is none), the path of a checkpoint, or null to start anew."""
+    dry_run: bool = False
+    """Say parameters, memory and FLOPs a step, and stop; --dry-run is the same."""
+
+    def __post_init__(self) -> None:
+        check_range("experiment.log_every", self.log_every, 1)
+        for name in ("save_every", "eval_every", "generate_every"):
+            check_range(f"experiment.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class OptimizerParams:
+    learning_rate: float = MISSING
+    """Peak learning rate."""
+    scale_lr: bool = False
+    """Multiply the learning rate by global batch size / 256."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; not on biases, norms and embeddings."""
+    epsilon: float = 1e-8
+    """Added to AdamW's denominator."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    """adamw is torch's, fused; lion wants about a third of AdamW's learning rate; muon is torch's,
+    for matrices, beside adamw for the rest."""
+    params: OptimizerParams = field(default_factory=OptimizerParams)
+
+
+@dataclass
+class LRSchedulerParams:
+    warmup_steps: int = 500
+    """Steps of linear warm-up from 0."""
+    num_cycles: int = 1
+    """Cycles of cosine_with_restarts."""
+    power: float = 1.0
+    """Exponent of polynomial."""
+
+
+@dataclass
+class LRSchedulerConfig:
+    scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+    ] = "constant_with_warmup"
+    """Shape after the warm-up; the end is training.max_train_steps."""
+    params: LRSchedulerParams = field(default_factory=LRSchedulerParams)
+
+
+@dataclass
+class EMAConfig:
+    decay: float = 0.9999
+    """Largest decay; reached after a warm-up."""
+    min_decay: float = 0.0
+    """Smallest decay."""
+    update_after_step: int = 0
+    """Steps before averaging starts."""
+    update_every: int = 1
+    """Steps between updates."""
+    use_ema_warmup: bool = False
+    """Warm up as 1 - (1 + s / inv_gamma) ** -power instead of (1 + s) / (10 + s)."""
+    inv_gamma: float = 1.0
+    """See use_ema_warmup."""
+    power: float = 2 / 3
+    """See use_ema_warmup."""
+
+
+@dataclass
+class TrainingConfig(ObjectiveFields):
+    max_train_steps: int = MISSING
+    """Optimizer steps in all."""
+    batch_size: int = 128
+    """Rows per process and forward pass; with global_batch_size an upper bound."""
+    global_batch_size: int | None = None
+    """Rows per optimizer step over all processes; accumulation follows from it, and the run may
+    go on with another number of processes. Null: batch_size x processes x accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step; with global_batch_size a lower bound."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Autocast; weights and optimizer stay in float32."""
+    enable_tf32: bool = True
+    """TF32 matrix products on GPUs that have them."""
+    compile: bool = False
+    """Compile layers and loss with torch.compile: faster steps after a slow first one; needs Triton
+    on a GPU, a C++ compiler on a CPU."""
+    use_ema: bool = False
+    """Keep an exponential moving average; pictures and the final model use it."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    seed: int = 42
+    """Seeds weights, order, masks and dropout."""
+    overfit_one_batch: bool = False
+    """Train on the first batch only: a check that the loss goes to zero."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient's norm to this; null for no clipping."""
+
+    def __post_init__(self) -> None:
+        check_range("training.batch_size", self.batch_size, 1)
+        check_range("training.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        super().__post_init__()
+
+
+@dataclass
+class GenerationConfig:
+    images_per_class: int = 8
+    """Columns of the grid; rows are the first classes."""
+    classes: int = 10
+    """Rows of the grid at most."""
+    guidance_scale: float = 3.0
+    """Strength of classifier-free guidance; 0 for none."""
+    temperature: float = 1.0
+    """Scale of the noise in the order of unmasking."""
+    timesteps: int = 18
+    """Decoding steps."""
+
+
+def split_batch(config: TrainingConfig, processes: int) -> tuple[int, int]:
+    """(rows per optimizer step over all processes, forward passes per step and process).
+
+    Raises ValueError when global_batch_size does not divide, naming the nearest that do.
+    """
+    least = config.gradient_accumulation_steps
+    if config.global_batch_size is None:
+        return config.batch_size * processes * least, least
+    check_divides(config.global_batch_size, processes * least)
+    share = config.global_batch_size // processes
+    passes = next(
+        n for n in range(least, share + 1) if share % n == 0 and share // n <= config.batch_size
+    )
+    return config.global_batch_size, passes

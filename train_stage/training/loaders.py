@@ -1,0 +1,79 @@
+"""The loaders of a run: the stores that its configuration names, as this process reads them."""
+
+from accelerate import Accelerator
+
+from configs.load import ConfigError
+from storage.file_cache import CacheOptions
+from storage.reader import TokenStore
+from storage.schema import StoreMismatch
+from train_stage.config import TrainConfig
+from train_stage.loading.loader import Source, TokenLoader
+from train_stage.loading.store_stream import Reading
+from train_stage.models.config import tokenizer_of
+from train_stage.models.token_transformer import TokenTransformer
+
+
+def open_sources(config: TrainConfig) -> list[Source]:
+    """The stores to train on: the one of dataset.train_store, or the mixture's."""
+    data = config.dataset
+    if data.train_store is not None:
+        return [Source(open_store(config, data.train_store), filter=data.filter)]
+    if not data.mixture:
+        raise ConfigError("dataset.train_store is missing: the token store to train on")
+    return [
+        Source(open_store(config, entry.store), entry.weight, entry.repeat, entry.filter)
+        for entry in data.mixture
+    ]
+
+
+def open_store(config: TrainConfig, location: str) -> TokenStore:
+    """A store, with the configured cache if it is remote."""
+    return TokenStore(location, CacheOptions(max_bytes=int(config.dataset.cache_gb * 2**30)))
+
+
+def make_loader(
+    config: TrainConfig,
+    sources: list[Source],
+    global_batch: int,
+    accelerator: Accelerator,
+    max_rows: int | None,
+) -> TokenLoader:
+    """A loader over the stores for this process; codes travel narrow to a GPU."""
+    data = config.dataset
+    return TokenLoader(
+        sources,
+        global_batch,
+        config.training.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        Reading(data.codes_column, data.shuffle, data.window_chunks, data.views, data.preload),
+        max_rows=max_rows,
+        narrow=accelerator.device.type == "cuda",
+        device=accelerator.device,
+        quiet=not accelerator.is_main_process,
+    )
+
+
+def make_eval_loader(
+    config: TrainConfig,
+    store: TokenStore,
+    model: TokenTransformer,
+    global_batch: int,
+    accelerator: Accelerator,
+) -> TokenLoader | None:
+    """A loader over the evaluation store: same tokenizer, same grid, same classes."""
+    if config.dataset.eval_store is None:
+        return None
+    other, column = open_store(config, config.dataset.eval_store), config.dataset.codes_column
+    ours, theirs = tokenizer_of(store.meta, column), tokenizer_of(other.meta, column)
+    for name in ("fingerprint", "grid"):
+        if getattr(ours, name) != getattr(theirs, name):
+            found = f"{getattr(theirs, name)}, {store.path} has {getattr(ours, name)}"
+            raise StoreMismatch(f"{other.path}: the tokenizer's {name} is {found}")
+    if other.meta.transform.get("class_names") != store.meta.transform.get("class_names"):
+        raise StoreMismatch(f"{other.path} and {store.path} number other classes")
+    loader = make_loader(config, [Source(other)], global_batch, accelerator, None)
+    if loader.largest_class_id >= (model.config.num_classes or 0):
+        found = f"class ids up to {loader.largest_class_id}"
+        raise StoreMismatch(f"{other.path} has {found}, the model {model.config.num_classes}")
+    return loader
