@@ -35,7 +35,8 @@ from train_stage.sampling import generation as sampling
 from train_stage.sampling import parallel_decoding
 from train_stage.sampling.parallel_decoding import hidden_counts, step_temperatures, uniform_noise
 from train_stage.training.ema import EMA
-from train_stage.training.optimizer import Lion, lr_factor
+from train_stage.training.lion import Lion
+from train_stage.training.lr_schedule import lr_factor
 
 VQ_METHODS = {"encode": "encode_latents", "decode": "decode_latents"}
 

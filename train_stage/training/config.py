@@ -8,6 +8,8 @@ from omegaconf import MISSING
 from configs.load import check_range
 from train_stage.loading.loader import check_divides
 from train_stage.objective.config import ObjectiveFields
+from train_stage.training.lr_schedule import SchedulerName
+from train_stage.training.optimizer import OptimizerName
 
 
 @dataclass
@@ -67,9 +69,10 @@ class OptimizerParams:
 
 @dataclass
 class OptimizerConfig:
-    name: Literal["adamw", "lion", "muon"] = "adamw"
-    """adamw is torch's, fused; lion wants about a third of AdamW's learning rate; muon is torch's,
-    for matrices, beside adamw for the rest."""
+    name: OptimizerName = "adamw"
+    """adamw (or fused_adamw) is torch's, fused; 8bit_adamw keeps a quarter of its state, needs
+    bitsandbytes; lion wants about a third of AdamW's learning rate; adafactor keeps nearly no
+    state; muon is torch's, for matrices, beside adamw for the rest."""
     params: OptimizerParams = field(default_factory=OptimizerParams)
 
 
@@ -81,18 +84,13 @@ class LRSchedulerParams:
     """Cycles of cosine_with_restarts."""
     power: float = 1.0
     """Exponent of polynomial."""
+    decay_steps: int | None = None
+    """Last steps of warmup_stable_decay, in which the rate falls to 0; null: a fifth of all."""
 
 
 @dataclass
 class LRSchedulerConfig:
-    scheduler: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-    ] = "constant_with_warmup"
+    scheduler: SchedulerName = "constant_with_warmup"
     """Shape after the warm-up; the end is training.max_train_steps."""
     params: LRSchedulerParams = field(default_factory=LRSchedulerParams)
 

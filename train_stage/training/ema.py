@@ -51,12 +51,13 @@ class EMA:
         if (self.optimization_step - 1) % self.update_every:
             return
         self.last_decay = self.decay_at(self.optimization_step)
-        for name, parameter in model.named_parameters():
-            shadow = self.shadow[name]
-            if parameter.requires_grad:
-                shadow.lerp_(parameter.detach().to(shadow.dtype), 1 - self.last_decay)
-            else:
-                shadow.copy_(parameter)
+        pairs = [(self.shadow[name], p.detach()) for name, p in model.named_parameters()]
+        learned = [p.requires_grad for p in model.parameters()]
+        for is_learned, weight in ((True, 1 - self.last_decay), (False, 1.0)):
+            chosen = [pair for pair, flag in zip(pairs, learned, strict=True) if flag == is_learned]
+            if chosen:  # all of them in a few kernels on a GPU
+                shadows, weights = zip(*chosen, strict=True)
+                torch._foreach_lerp_(shadows, weights, weight)
 
     @torch.no_grad()
     def swap_in(self, model: nn.Module) -> None:

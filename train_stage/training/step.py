@@ -13,7 +13,7 @@ from torch import nn
 from train_stage.objective.masked_batch import DROPOUT, MaskedBatch, stream_seed
 from train_stage.objective.sums import Sums
 from train_stage.training.clock import Clock
-from train_stage.training.optimizer import lr_factor
+from train_stage.training.lr_schedule import lr_factor
 from train_stage.training.run import Run, make_masked
 
 
@@ -69,6 +69,7 @@ def set_learning_rate(run: Run) -> None:
         params.num_cycles,
         params.power,
         run.learning_rate,
+        params.decay_steps,
     )
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate * factor
