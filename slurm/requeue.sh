@@ -36,7 +36,8 @@ run_and_requeue() {
         ((code == 127)) || status=$code  # 127: waited for already
         [[ $again ]] || break
     done
-    if ((status == 138)) && [[ $warned ]]; then status=75; fi  # warned before it could listen
+    # warned before it could listen (USR1), or by the first task to leave with 75 (TERM)
+    if ((status == 138 || status == 143)) && [[ $warned ]]; then status=75; fi
     case $status in
     0 | 2 | 3) ;;
     75) requeue "$job" ;;

@@ -334,3 +334,52 @@ def test_one_line_makes_the_store_and_the_model(
     assert logs == {f"tokenize-{array}_{n}.out" for n in (0, 1)} | {
         f"seal-{sealing}.out", f"train-{train}.out",
     }  # fmt: skip
+
+
+def training(whole: Path, run: Path, *words: str) -> list[str]:
+    """sbatch's words for a run of two nodes, a task on each."""
+    return [
+        "--nodes=2", "--ntasks-per-node=1", "slurm/train_transformer.sh",
+        f"dataset.train_store={whole}", f"experiment.output_dir={run}",
+        "experiment.log_every=1", "experiment.save_every=20", "training.batch_size=4",
+        "training.use_ema=true", "model.transformer.hidden_size=24",
+        "model.transformer.num_hidden_layers=1", "model.transformer.num_attention_heads=2",
+        "model.transformer.intermediate_size=32", "optimizer.params.learning_rate=1e-3", *words,
+    ]  # fmt: skip
+
+
+def steps_done(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.is_file() else 0
+
+
+@pytest.mark.slow
+def test_two_nodes_train_on_as_if_nothing_had_happened(
+    cluster: Cluster, whole: Path, tmp_path: Path
+) -> None:
+    """Preempted by a requeue, then warned, in the middle: the same weights, bit for bit."""
+    one, other = tmp_path / "disturbed", tmp_path / "undisturbed"
+    steps = "training.max_train_steps=300"
+    job = cluster.submit(tmp_path, *training(whole, one, steps))
+    wait_until(lambda: steps_done(one) > 10)
+    cluster.run("scontrol", "requeue", job)
+    wait_until(lambda: steps_done(one) > 40 and cluster.show(job)[""]["Restarts"] == "1")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.finish(job) == {"": ("COMPLETED", 2)}
+    quiet = cluster.submit(tmp_path, *training(whole, other, steps))
+    assert cluster.finish(quiet) == {"": ("COMPLETED", 0)}
+    assert steps_done(one) == steps_done(other) == 300
+    weights = [(run / "model/model.safetensors").read_bytes() for run in (one, other)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_pictures_of_a_trained_model(cluster: Cluster, whole: Path, tmp_path: Path) -> None:
+    run, pictures = tmp_path / "run", tmp_path / "pictures"
+    train = cluster.submit(tmp_path, *training(whole, run, "training.max_train_steps=2"))
+    job = cluster.submit(
+        tmp_path, f"--dependency=afterok:{train}", "slurm/evaluate.sh", f"model={run}/model",
+        f"output_dir={pictures}", "images_per_class=2", "timesteps=2",
+    )  # fmt: skip
+    assert cluster.finish(job) == {"": ("COMPLETED", 0)}
+    assert len(list(pictures.glob("*/*.png"))) == 4
