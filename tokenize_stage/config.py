@@ -6,19 +6,36 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from configs.load import check_range
 from tokenize_stage.selection.config import FiltersConfig
 from tokenize_stage.sources.config import DatasetConfig
 from tokenize_stage.text.config import TextConfig
 
 
 @dataclass
-class VQModelConfig:
+class SoftCodesConfig:
+    topk: int | None = None
+    """Keep this many of the nearest codes of each latent, too, as soft targets for training:
+    columns topk_codes and topk_weights, 4 bytes a code of each. None: the code alone."""
+    topk_temperature: float = 1.0
+    """Their weights are softmax(-squared distance / topk_temperature)."""
+
+    def check(self, key: str) -> None:
+        """Raises ValueError, naming the option below `key`, for what cannot be."""
+        if self.topk is not None:
+            check_range(f"{key}.topk", self.topk, 1)
+        if self.topk_temperature <= 0:
+            raise ValueError(f"{key}.topk_temperature={self.topk_temperature}: must be above 0")
+
+
+@dataclass
+class VQModelConfig(SoftCodesConfig):
     pretrained: str | None = None
     """Tokenizer: a model directory, or its name on the Hugging Face hub. It, or vq_models."""
 
 
 @dataclass
-class NamedVQModelConfig:
+class NamedVQModelConfig(SoftCodesConfig):
     pretrained: str = MISSING
     """Tokenizer: a model directory, or its name on the Hugging Face hub."""
     resolution: int | None = None
@@ -34,7 +51,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.vq_model.pretrained is not None and self.vq_models:
             raise ValueError("model.vq_model.pretrained and model.vq_models: give one of them")
+        self.vq_model.check("model.vq_model")
         for name, model in self.vq_models.items():
+            model.check(f"model.vq_models.{name}")
             if not re.fullmatch("[a-z0-9_]+", name):
                 raise ValueError(f"model.vq_models.{name}: names are of a-z, 0-9 and _")
             if model.resolution is not None and model.resolution < 1:

@@ -118,6 +118,7 @@ def time_variants(
             getattr(torch, dtype),
             stages.batch_size,
             config.encode.compile or name == "compile",
+            soft={column: one.soft for column, one in tokenizers.items() if one.soft},
         )
         rates[name] = time_encoder(encoder, stages, decoded.rows, seconds)
     return rates

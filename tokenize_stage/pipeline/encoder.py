@@ -2,7 +2,7 @@
 
     encoder = Encoder({"codes": vq}, {"codes": 256}, device, torch.float16, batch_size=128)
     pending = encoder.submit({256: pixels})     # returns at once on a GPU
-    codes = pending.result()["codes"]           # waits
+    codes = pending.result()["codes"]           # waits; with soft codes, topk_codes, … beside it
 
 Codes of an image depend on nothing but its pixels: not on what else is in its batch, how much, or
 where it is. So a model sees one shape only, what is missing is padded, and the nearest code is
@@ -19,17 +19,23 @@ import numpy as np
 import torch
 
 from tokenize_stage.vq.model import VQModel
-from tokenize_stage.vq.quantizer import as_vectors, nearest_codes
+from tokenize_stage.vq.quantizer import SoftCodes, as_vectors, nearest_codes, soft_codes
 
 IN_FLIGHT = 4  # batches on a GPU; `submit` waits for the oldest when there are more
 CPU_PIXELS = 2**16  # of a piece on a CPU: more at once gains nothing, and takes memory
 CPU_IMAGES = 8  # of a piece on a CPU at most, where images are small
 
-Made = tuple[torch.Tensor, torch.Tensor]  # codes (P, N), and whether its latents are finite (P,)
+Made = tuple[torch.Tensor, ...]  # whether latents are finite (P,), then an array a column (P, N…)
 
 
 class OutOfRange(ValueError):
     """Latents are infinite or no numbers; the message says what to do."""
+
+
+def soft_columns(column: str) -> tuple[str, str]:
+    """The columns of the nearest codes and of their weights, beside one of codes."""
+    suffix = column.removeprefix("codes")
+    return f"topk_codes{suffix}", f"topk_weights{suffix}"
 
 
 class Pending:
@@ -47,16 +53,20 @@ class Pending:
     def result(self) -> dict[str, np.ndarray]:
         """Column -> codes (rows, N), in the smallest unsigned dtype; waits for the device.
 
+        Of soft codes also soft_columns: (rows, N, k) of the codes' dtype and float16.
         Raises OutOfRange when an encoder's numbers have left the range of its dtype.
         """
         if self._done is not None:
             self._done.synchronize()
-        codes = {}
+        codes: dict[str, np.ndarray] = {}
         for column, pieces in self._made.items():
-            finite = np.concatenate([is_finite.numpy() for _, is_finite in pieces])
-            if not finite[: self._rows].all():
+            finite, *arrays = (
+                np.concatenate([piece.numpy() for piece in of_all])[: self._rows]
+                for of_all in zip(*pieces, strict=True)
+            )
+            if not finite.all():
                 raise OutOfRange(f"{column}: {_not_finite(self._dtype)}")
-            codes[column] = np.concatenate([piece.numpy() for piece, _ in pieces])[: self._rows]
+            codes |= zip((column, *soft_columns(column)), arrays, strict=False)
         return codes
 
 
@@ -81,9 +91,11 @@ class Encoder:
         batch_size: int,
         compile: bool = False,
         backend: str = "inductor",
+        soft: Mapping[str, SoftCodes] | None = None,
     ):
         """models, resolutions: by column of codes. Takes the models over: moves and converts them.
 
+        soft: what is kept beside the codes, of the columns that it names.
         compile: by torch.compile with `backend`; the shapes are fixed, so it happens once a model.
         """
         if device.type == "cpu":
@@ -91,7 +103,8 @@ class Encoder:
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
         self.resolutions = dict(resolutions)
         self._encode = {
-            column: _encode_by(model, device, dtype) for column, model in models.items()
+            column: _encode_by(model, device, dtype, (soft or {}).get(column))
+            for column, model in models.items()
         }
         if compile:
             self._encode = {
@@ -128,7 +141,7 @@ class Encoder:
         if self._copies is None:
             return Pending(made, rows, self.dtype, None)
         made = {
-            column: [(_to_host(codes), _to_host(is_finite)) for codes, is_finite in pieces]
+            column: [tuple(_to_host(array) for array in piece) for piece in pieces]
             for column, pieces in made.items()
         }
         done = torch.cuda.Event(blocking=True)  # who waits leaves the core to decoding
@@ -167,7 +180,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _encode_by(
-    model: VQModel, device: torch.device, dtype: torch.dtype
+    model: VQModel, device: torch.device, dtype: torch.dtype, soft: SoftCodes | None
 ) -> Callable[[torch.Tensor], Made]:
     """A function from pixels (P, 3, R, R) uint8 to what is made of them."""
     codebook = model.quantizer.vectors.detach().to(device, torch.float32, copy=True)  # (K, D)
@@ -177,8 +190,14 @@ def _encode_by(
     def encode(pixels: torch.Tensor) -> Made:
         batch = pixels.to(torch.float32, memory_format=torch.channels_last) / 255
         latents = model.latents(batch.to(dtype))  # (P, D, h, w)
-        codes = nearest_codes(as_vectors(latents), codebook).view(len(latents), -1)
-        return codes.to(narrow), latents.isfinite().flatten(1).all(1)
+        is_finite, vectors = latents.isfinite().flatten(1).all(1), as_vectors(latents)
+        if soft is None:
+            codes = nearest_codes(vectors, codebook).view(len(latents), -1)
+            return is_finite, codes.to(narrow)
+        codes, weights = (
+            x.unflatten(0, (len(latents), -1)) for x in soft_codes(vectors, codebook, soft)
+        )
+        return is_finite, codes[..., 0].to(narrow), codes.to(narrow), weights.half()
 
     return encode
 

@@ -76,6 +76,7 @@ def build_stages(
             getattr(torch, encoder_dtype(config, device)),
             batch_size,
             config.encode.compile,
+            soft={column: one.soft for column, one in tokenizers.items() if one.soft},
         ),
         text=TextColumns(config.text, device),
         resolutions=resolutions,

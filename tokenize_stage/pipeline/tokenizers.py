@@ -8,10 +8,12 @@ from typing import Any
 
 from storage.pretrained import model_fingerprint
 from storage.schema import ArrayColumn, StoreMeta, Tokenizer, codes_dtype
-from tokenize_stage.config import ModelConfig, StoreConfig
+from tokenize_stage.config import ModelConfig, SoftCodesConfig, StoreConfig
+from tokenize_stage.pipeline.encoder import soft_columns
 from tokenize_stage.text.text_columns import TextColumns
 from tokenize_stage.vq import load_vq_model
 from tokenize_stage.vq.model import VQModel
+from tokenize_stage.vq.quantizer import SoftCodes
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class ColumnTokenizer:
     model: VQModel
     resolution: int
     recorded: Tokenizer  # made when it was loaded: an encoder may change the weights' form
+    soft: SoftCodes | None = None  # what is kept beside the codes
 
 
 def load_tokenizers(config: ModelConfig, resolution: int) -> dict[str, ColumnTokenizer]:
@@ -33,17 +36,27 @@ def load_tokenizers(config: ModelConfig, resolution: int) -> dict[str, ColumnTok
         raise ValueError("model.vq_model.pretrained must be given, or model.vq_models")
     if config.vq_model.pretrained is not None:
         key = "dataset.preprocessing.resolution"
-        return {"codes": _load(config.vq_model.pretrained, resolution, key)}
+        soft = _soft_codes(config.vq_model)
+        return {"codes": _load(config.vq_model.pretrained, resolution, key, soft)}
     return {
         f"codes_{name}": _load(
-            one.pretrained, one.resolution or resolution, f"model.vq_models.{name}.resolution"
+            one.pretrained,
+            one.resolution or resolution,
+            f"model.vq_models.{name}.resolution",
+            _soft_codes(one),
         )
         for name, one in config.vq_models.items()
     }
 
 
-def _load(pretrained: str, resolution: int, key: str) -> ColumnTokenizer:
+def _soft_codes(config: SoftCodesConfig) -> SoftCodes | None:
+    return None if config.topk is None else SoftCodes(config.topk, config.topk_temperature)
+
+
+def _load(pretrained: str, resolution: int, key: str, soft: SoftCodes | None) -> ColumnTokenizer:
     model = load_vq_model(pretrained)
+    if soft is not None and soft.topk > model.codebook_size:
+        raise ValueError(f"topk={soft.topk}: {pretrained} has {model.codebook_size} codes")
     if resolution % model.reduction:
         raise ValueError(
             f"{key}={resolution} is no multiple of {model.reduction}, "
@@ -56,7 +69,7 @@ def _load(pretrained: str, resolution: int, key: str) -> ColumnTokenizer:
         grid=list(model.grid(resolution)),
         fingerprint=model_fingerprint(model),
     )
-    return ColumnTokenizer(model, resolution, recorded)
+    return ColumnTokenizer(model, resolution, recorded, soft)
 
 
 def all_resolutions(tokenizers: Mapping[str, ColumnTokenizer]) -> list[int]:
@@ -73,17 +86,22 @@ def store_meta(
     """What store.json will say; transform: how the pixels are made, and the encoder's dtype."""
     recorded = {column: one.recorded for column, one in tokenizers.items()}
     resolutions = {column: one.resolution for column, one in tokenizers.items()}
-    codes = {
-        column: ArrayColumn(codes_dtype(one.codebook_size), [math.prod(one.grid)])
-        for column, one in recorded.items()
-    }
+    arrays, soft = {}, {}
+    for column, one in tokenizers.items():
+        dtype, count = codes_dtype(one.recorded.codebook_size), math.prod(one.recorded.grid)
+        arrays[column] = ArrayColumn(dtype, [count])
+        if one.soft is not None:
+            soft[column] = one.soft._asdict()
+            for name, kind in zip(soft_columns(column), (dtype, "float16"), strict=True):
+                arrays[name] = ArrayColumn(kind, [count, one.soft.topk])
     several = {"resolutions": resolutions} if len(set(resolutions.values())) > 1 else {}
+    softs = {"soft_codes": soft} if soft else {}
     texts = {"text": text.record()} if text.arrays else {}
     return StoreMeta(
         resolution=next(iter(resolutions.values())),
-        arrays=codes | text.arrays,
+        arrays=arrays | text.arrays,
         tokenizers=recorded,
-        transform={**transform, **several, **texts},
+        transform={**transform, **several, **softs, **texts},
         backend=config.backend,
         chunk_rows=config.chunk_rows,
     )

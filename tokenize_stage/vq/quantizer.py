@@ -3,6 +3,9 @@
 B batch, N = h*w codes an image, K codebook size, D latent channels, M = B*N vectors.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,22 +14,61 @@ from torch import nn
 _CPU_DISTANCES, _GPU_DISTANCES = 1 << 21, 1 << 26
 
 
+class SoftCodes(NamedTuple):
+    """What is kept of a latent beside its code: its `topk` nearest codes, and their weights."""
+
+    topk: int  # k
+    temperature: float  # weights are softmax(-squared distance / temperature) of the k
+
+
 @torch.no_grad()
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Nearest code of each vector by Euclidean distance, searched in float32: (M, D) -> (M,) int64.
 
-    The first of equally near codes wins. |z|^2 is left out: it is the same for every code.
+    The first of equally near codes wins.
+    """
+    return torch.cat(_by_chunk(vectors, codebook, lambda chunk, distances: smallest(distances)))
+
+
+@torch.no_grad()
+def soft_codes(
+    vectors: torch.Tensor, codebook: torch.Tensor, soft: SoftCodes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each vector the k nearest codes, nearest_codes first, and their weights.
+
+    (M, D) -> (M, k) int64 and (M, k) float32: get_soft_code's probabilities of these, divided by
+    their sum. Computed from the differences themselves, so that a row depends on no other.
+    """
+    codebook = codebook.float()
+
+    def select(chunk: torch.Tensor, distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        distances.scatter_(1, smallest(distances)[:, None], -torch.inf)  # first, also of equals
+        codes = distances.topk(soft.topk, largest=False).indices  # (rows, k)
+        squares = (chunk[:, None] - codebook[codes]).square().sum(-1)
+        return codes, torch.softmax(-squares / soft.temperature, dim=1)
+
+    codes, weights = zip(*_by_chunk(vectors, codebook, select), strict=True)
+    return torch.cat(codes), torch.cat(weights)
+
+
+def _by_chunk(
+    vectors: torch.Tensor,
+    codebook: torch.Tensor,
+    select: Callable[[torch.Tensor, torch.Tensor], Any],
+) -> list[Any]:
+    """select(vectors (rows, D), distances (rows, K)) of as many rows at a time as fit, float32.
+
+    Squared distances without |z|^2, which is the same for every code.
     """
     codebook = codebook.float()
     norms = codebook.square().sum(dim=1)  # (K,)
     limit = _CPU_DISTANCES if vectors.device.type == "cpu" else _GPU_DISTANCES
     rows = max(1, limit // len(codebook))
     with torch.autocast(vectors.device.type, enabled=False):  # bf16 would move 1 to 13 % of codes
-        codes = [
-            smallest(torch.addmm(norms, chunk, codebook.T, alpha=-2))  # (rows, K) -> (rows,)
+        return [
+            select(chunk, torch.addmm(norms, chunk, codebook.T, alpha=-2))
             for chunk in vectors.float().split(rows)
         ]
-    return torch.cat(codes)
 
 
 def smallest(distances: torch.Tensor) -> torch.Tensor:
