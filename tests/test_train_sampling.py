@@ -7,6 +7,8 @@ import torch
 from small_models import (
     Recorder,
     class_model,
+    partly_masked,
+    plain_decoding,
     seeded,
     text_condition,
     text_model,
@@ -16,7 +18,6 @@ from small_models import (
 )
 from torch._dynamo.testing import CompileCounter
 
-from train_stage.objective.mask_schedule import get_mask_schedule
 from train_stage.sampling.generation import add_mask_noise, generate
 from train_stage.sampling.parallel_decoding import least_confident, step_temperatures
 
@@ -36,36 +37,6 @@ def uvit():
     return uvit_model()
 
 
-def plain_decoding(predict, ids, mask_id, temperatures, generator, schedule="cosine", share=1.0):
-    """Parallel decoding as SPEC 8 spells it: everything everywhere, torch.multinomial."""
-    schedule, steps = get_mask_schedule(schedule), len(temperatures)
-    for step in range(steps):
-        probabilities = predict(ids)[..., :60].softmax(-1)
-        hidden = ids == mask_id
-        drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view_as(ids)
-        codes = torch.where(hidden, drawn, ids)
-        if step == steps - 1:
-            return codes
-        left = (ids.shape[1] * (share * schedule(torch.tensor((step + 1) / steps)))).floor()
-        left = (hidden.sum(-1, keepdim=True) - 1).minimum(left).clamp(min=1).long()
-        chosen = probabilities.gather(-1, codes.clamp(max=59).unsqueeze(-1)).squeeze(-1)
-        chosen = chosen.masked_fill(~hidden, torch.finfo(torch.float32).max)
-        uniform = torch.rand(ids.shape, generator=generator).clamp(min=1e-20)
-        confidence = chosen.clamp(min=1e-20).log() - temperatures[step] * (
-            (-uniform.log()).clamp(min=1e-20).log()
-        )
-        cut = confidence.sort(-1).values.gather(-1, left)
-        ids = torch.where(confidence < cut, mask_id, codes)
-    return ids
-
-
-def partly_masked(model, rows, length=16):
-    """Codes with 3, 4, 5 … masks a row."""
-    ids = torch.randint(0, 60, (rows, length), generator=seeded(5))
-    order = torch.rand(rows, length, generator=seeded(6)).argsort(-1)
-    return ids.masked_fill(order < torch.arange(rows).unsqueeze(1) + 3, model.mask_token_id)
-
-
 def test_codes_only_and_seeded(model):
     class_ids = torch.tensor([1, 2, 3, 4])
     codes = model.generate(class_ids=class_ids, generator=seeded())
@@ -82,7 +53,7 @@ def test_classes_are_drawn_as_plain_decoding_does(model, scale, rows):
     class_ids = torch.tensor([4, 4, 7])
     ids = torch.full((3, 16), model.mask_token_id) if rows is None else partly_masked(model, 3)
 
-    def predict(ids):
+    def predict(ids, previous):
         conditional = model(torch.cat([class_ids[:, None] + 60, ids], 1))[:, 1:]
         nothing = torch.full((3, 1), model.mask_token_id)
         unconditional = model(torch.cat([nothing, ids], 1))[:, 1:]
@@ -102,7 +73,7 @@ def test_text_is_drawn_as_plain_decoding_does(texts, negative):
     condition = text_condition(3)
     other = torch.randn(1, 5, 24, generator=seeded(2)) if negative else torch.zeros(1, 5, 24)
 
-    def predict(ids):
+    def predict(ids, previous):
         conditional = texts(ids, **condition)
         unconditional = texts(ids, encoder_hidden_states=other.expand(3, -1, -1))
         return unconditional + 4.0 * (conditional - unconditional)
@@ -123,7 +94,7 @@ def test_uvit_is_drawn_as_plain_decoding_does(uvit, masked):
     micro = condition["micro_conds"].expand(3, -1)
     none = [x.expand(3, *x.shape[1:]) for x in negative.values()]
 
-    def predict(ids):
+    def predict(ids, previous):
         conditional = uvit(ids, *list(condition.values())[:2], micro)
         unconditional = uvit(ids, *none, micro)
         return unconditional + 3.0 * (conditional - unconditional)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from storage.interchange import backwards, rename, write_diffusers_model
 from storage.pretrained import find_model, read_config, read_weights
+from train_stage.models.model_fields import ExtensionFields
 from train_stage.models.uvit import MaskGiTUViT
 
 State = dict[str, Tensor]
@@ -96,9 +97,10 @@ def config_to_amused(config: dict[str, Any], sample_size: int | None = None) -> 
     sample_size: side of the grid that AmusedPipeline makes when not told. None: as published, 16,
     or 32 where the transformer halves its grid.
     """
-    for key, computed in (("use_fused_mlp", False), ("norm_type", "rmsnorm")):
-        if config[key] != computed:
-            raise ValueError(f"diffusers' UVit2DModel has no {key}={config[key]}, only {computed}")
+    computed = {"use_fused_mlp": False, "norm_type": "rmsnorm", **asdict(ExtensionFields())}
+    for key, only in computed.items():
+        if config.get(key, only) != only:
+            raise ValueError(f"diffusers' UVit2DModel has no {key}={config[key]}, only {only}")
     _check_norms(config)
     halves = config["force_down_up_sample"]
     return {

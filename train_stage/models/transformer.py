@@ -7,91 +7,20 @@ published openMUSE checkpoints load strictly.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train_stage.models.attention import mask_bias
+from train_stage.models.extensions import embed_codes, previous_mapping
 from train_stage.models.layers import LayerContext, NormStyle, TransformerLayer
+from train_stage.models.model_fields import MaskGitTransformerConfig
 from train_stage.models.token_transformer import TokenTransformer
 
 PATCH_POSITIONS = 256  # rows of the position table with use_conv_in_out, whatever the config says
 Context = tuple[Tensor | None, tuple[LayerContext, ...]]  # bias of the text mask; each layer's
-
-
-@dataclass
-class MaskGitTransformerConfig:
-    """Constructor keywords, YAML section model.transformer and config.json in one."""
-
-    vocab_size: int | None = None
-    """K + classes + mask; computed and rounded up to a multiple of 64 when not given."""
-    hidden_size: int = 768
-    """Width D."""
-    embedding_size: int | None = None
-    """Width of the code embeddings with use_conv_in_out (hidden_size when not given)."""
-    num_hidden_layers: int = 12
-    """Transformer layers."""
-    num_attention_heads: int = 12
-    """Heads; must divide hidden_size."""
-    intermediate_size: int = 3072
-    """Inner width of the feed-forward layers."""
-    hidden_dropout: float = 0.1
-    """Dropout of embeddings and feed-forward."""
-    attention_dropout: float = 0.1
-    """Dropout of attention weights."""
-    max_position_embeddings: int | None = None
-    """Positions; num_vq_tokens (+ 1 for the class), rounded up to 8, when not given."""
-    add_cross_attention: bool = False
-    """Attend to text states; needed for encoder_hidden_states."""
-    encoder_hidden_size: int = 1024
-    """Width of the text states."""
-    project_encoder_hidden_states: bool = False
-    """Project text states to hidden_size and normalise them first."""
-    initializer_range: float = 0.02
-    """Standard deviation of the initial weights."""
-    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Norm of attention, output and head (the feed-forward's first norm is always LayerNorm)."""
-    layer_norm_eps: float = 1e-5
-    """Epsilon of every norm."""
-    use_normformer: bool = True
-    """Extra norms after attention and inside the feed-forward."""
-    use_encoder_layernorm: bool = True
-    """A norm after the last layer."""
-    use_mlm_layer: bool = True
-    """A dense layer + GELU before the logits."""
-    use_mlm_layernorm: bool = True
-    """A norm inside that head."""
-    use_bias: bool = False
-    """Biases in linear layers and layer norms."""
-    codebook_size: int = 1024
-    """K, codes of the VQ model; follows the store when training."""
-    num_vq_tokens: int = 256
-    """N, codes per image; follows the store when training."""
-    num_classes: int | None = None
-    """Classes, for class-conditional models; follows the store when training."""
-    use_codebook_size_for_output: bool = False
-    """Logits for the K codes only, not for the whole vocabulary."""
-    use_conv_in_out: bool = False
-    """Embed codes on the grid and group them into patches; not for class tokens."""
-    patch_size: int = 1
-    """Side of a patch of codes with use_conv_in_out."""
-
-    def __post_init__(self) -> None:
-        if self.use_conv_in_out and self.num_classes:
-            raise ValueError("use_conv_in_out takes no class token; set num_classes to null")
-        if self.vocab_size is None:
-            self.vocab_size = _round_up(self.codebook_size + (self.num_classes or 0) + 1, 64)
-        if self.max_position_embeddings is None:
-            self.max_position_embeddings = _round_up(self.num_vq_tokens + bool(self.num_classes), 8)
-        least = self.codebook_size + (self.num_classes or 0) + 1
-        if self.vocab_size < least:
-            raise ValueError(
-                f"vocab_size {self.vocab_size} is too small for {self.codebook_size} codes, "
-                f"{self.num_classes or 0} classes and the mask: at least {least}"
-            )
 
 
 class MaskGitTransformer(TokenTransformer):
@@ -134,6 +63,8 @@ class MaskGitTransformer(TokenTransformer):
         else:
             self.to_logits = nn.Linear(c.hidden_size, self.output_size, bias=c.use_bias)
         self.apply(self._init_weights)
+        embedding_size = c.embedding_size if c.use_conv_in_out else None
+        self.add_extensions(embedding_size or c.hidden_size, c.encoder_hidden_size)
 
     def forward(
         self,
@@ -144,15 +75,23 @@ class MaskGitTransformer(TokenTransformer):
         label_smoothing: float = 0.0,
         cond_dropout_prob: float = 0.0,
         loss_weight: Tensor | None = None,
+        dropped: Tensor | None = None,
+        previous: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, output_size); with labels (B, T), -100 = ignored: (logits, mean loss).
 
         input_ids (B, T) in [0, V); encoder_hidden_states (B, S, encoder_hidden_size);
         encoder_attention_mask (B, S), 1 = attend. cond_dropout_prob zeroes the text of that share
         of samples, in training mode only, by the default generator. loss_weight: see token_loss.
+        dropped, previous: see hidden_states.
         """
         hidden = self.hidden_states(
-            input_ids, encoder_hidden_states, encoder_attention_mask, cond_dropout_prob
+            input_ids,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            cond_dropout_prob,
+            dropped=dropped,
+            previous=previous,
         )
         return self.logits_and_loss(hidden, labels, label_smoothing, loss_weight)
 
@@ -160,9 +99,10 @@ class MaskGitTransformer(TokenTransformer):
         self,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Context:
         """What depends on the text alone: the mask's bias, keys and values for every layer."""
-        text, bias = self._text(encoder_hidden_states, encoder_attention_mask)
+        text, bias = self._text(encoder_hidden_states, encoder_attention_mask, dropped)
         return bias, tuple(layer.context(text, None) for layer in self.transformer_layers)
 
     def hidden_states(
@@ -172,12 +112,19 @@ class MaskGitTransformer(TokenTransformer):
         encoder_attention_mask: Tensor | None = None,
         cond_dropout_prob: float = 0.0,
         context: Context | None = None,
+        dropped: Tensor | None = None,
+        previous: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads, (B, T, E); given a context, the text is not needed."""
-        x = self.embed(input_ids)
+        """What the head reads, (B, T, E); given a context, the text is not needed.
+
+        dropped (B,) bool: rows that get the learned null text (null_text_length). previous (B, T):
+        an earlier prediction of the codes (self_conditioning), the mask id where there is none, as
+        at the class token.
+        """
+        x = self.embed(input_ids, previous)
         if context is None:
             text, bias = self._text(
-                encoder_hidden_states, encoder_attention_mask, cond_dropout_prob
+                encoder_hidden_states, encoder_attention_mask, dropped, cond_dropout_prob
             )
             for layer in self.transformer_layers:
                 x = self.run(layer, x, text, None, bias)
@@ -200,13 +147,18 @@ class MaskGitTransformer(TokenTransformer):
         return list(self.transformer_layers)
 
     def _text(
-        self, text: Tensor | None, mask: Tensor | None, dropout: float = 0.0
+        self,
+        text: Tensor | None,
+        mask: Tensor | None,
+        dropped: Tensor | None,
+        dropout: float = 0.0,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Text states as the layers read them, and the bias of their mask."""
         if not self.config.add_cross_attention:
             return None, None
         if text is None:
             raise ValueError("add_cross_attention is set: give encoder_hidden_states (B, S, width)")
+        text, mask, _ = self.with_null(text, mask, None, dropped)
         if self.config.project_encoder_hidden_states:
             text = self.encoder_proj_layer_norm(self.encoder_proj(text))
         if self.training and dropout > 0.0:
@@ -228,13 +180,15 @@ class TokenEmbed(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)  # type: ignore[arg-type]
         self.position_embeddings = nn.Embedding(c.max_position_embeddings, c.hidden_size)  # type: ignore[arg-type]
+        self.previous = previous_mapping(c.hidden_size, c.self_conditioning)
         self.dropout = nn.Dropout(c.hidden_dropout)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, previous: Tensor | None = None) -> Tensor:
         length, table = input_ids.shape[-1], self.position_embeddings.weight
         if length > len(table):
             raise ValueError(f"{length} positions, max_position_embeddings is {len(table)}")
-        return self.dropout(self.word_embeddings(input_ids) + table[:length])  # (B, T, D)
+        x = embed_codes(self.word_embeddings, self.previous, input_ids, previous)
+        return self.dropout(x + table[:length])  # (B, T, D)
 
 
 class ConvEmbed(nn.Module):
@@ -245,13 +199,15 @@ class ConvEmbed(nn.Module):
         width = c.embedding_size or c.hidden_size
         self.patch_size = c.patch_size
         self.embeddings = nn.Embedding(c.vocab_size, width)  # type: ignore[arg-type]
+        self.previous = previous_mapping(width, c.self_conditioning)
         self.layer_norm = style.norm(width)
         self.conv = nn.Conv2d(width * c.patch_size**2, c.hidden_size, 1, bias=c.use_bias)
         self.position_embeddings = nn.Embedding(PATCH_POSITIONS, c.hidden_size)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, previous: Tensor | None = None) -> Tensor:
         side = math.isqrt(input_ids.shape[-1])
-        x = self.layer_norm(self.embeddings(input_ids))  # (B, N, E)
+        x = embed_codes(self.embeddings, self.previous, input_ids, previous)
+        x = self.layer_norm(x)  # (B, N, E)
         x = x.transpose(1, 2).unflatten(-1, (side, side))  # (B, E, side, side)
         x = self.conv(F.pixel_unshuffle(x, self.patch_size)).flatten(2).transpose(1, 2)
         return x + self.position_embeddings.weight[: x.shape[1]]  # (B, N / patch², D)
@@ -289,7 +245,3 @@ class ConvHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.layer_norm["norm"](hidden)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

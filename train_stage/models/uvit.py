@@ -10,93 +10,19 @@ S text positions, m micro-conditions.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from train_stage.models.attention import mask_bias
+from train_stage.models.extensions import embed_codes, previous_mapping
 from train_stage.models.layers import NormStyle, TransformerLayer
+from train_stage.models.model_fields import MaskGiTUViTConfig
 from train_stage.models.token_transformer import TokenTransformer
 from train_stage.models.uvit_blocks import ResBlock, Stage, TextAttention, to_features, to_images
 
 Context = tuple[Tensor | None, tuple[Any, ...]]  # bias of the text mask; each block's context
-
-
-@dataclass
-class MaskGiTUViTConfig:
-    """Constructor keywords, YAML section model.transformer and config.json in one."""
-
-    hidden_size: int = 1024
-    """Width D of the transformer."""
-    use_bias: bool = False
-    """Biases in linear layers, convolutions and layer norms."""
-    hidden_dropout: float = 0.0
-    """Dropout inside the feed-forward and residual blocks."""
-    cond_embed_dim: int = 768
-    """Width of the pooled text vector."""
-    micro_cond_encode_dim: int = 256
-    """Sines and cosines for each micro-condition."""
-    micro_cond_embed_dim: int = 1280
-    """Micro-conditions times micro_cond_encode_dim."""
-    encoder_hidden_size: int = 768
-    """Width of the text states."""
-    vocab_size: int = 8256
-    """Codes, padding and the mask (the last id)."""
-    codebook_size: int = 8192
-    """K, codes of the VQ model, and the number of logits."""
-    in_channels: int = 768
-    """Width of the code embeddings."""
-    block_out_channels: tuple[int, ...] = (768,)
-    """Channels C of the residual blocks: one level."""
-    num_res_blocks: int = 3
-    """Residual and attention blocks before and after the transformer."""
-    force_down_up_sample: bool = False
-    """Run the transformer on half the grid, as the 512 models do."""
-    block_num_heads: int = 12
-    """Heads of the attention blocks; must divide C."""
-    num_hidden_layers: int = 22
-    """Transformer layers."""
-    num_attention_heads: int = 16
-    """Heads; must divide hidden_size."""
-    attention_dropout: float = 0.0
-    """Dropout of attention weights."""
-    intermediate_size: int = 2816
-    """Inner width of the feed-forward layers."""
-    use_fused_mlp: bool = False
-    """A plain tanh-GELU feed-forward instead of the gated one."""
-    norm_type: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    """Norms (the feed-forward's first is always LayerNorm)."""
-    layer_norm_eps: float = 1e-6
-    """Epsilon of every norm."""
-    ln_elementwise_affine: bool = True
-    """Norms have weights."""
-    use_fused_residual_norm: bool = False
-    """Accepted and ignored: in the original another kernel for the same function."""
-    add_cond_embeds: bool = True
-    """Kept for callers: the model is given a pooled text vector."""
-    add_micro_cond_embeds: bool = True
-    """Kept for callers: the model is given micro-conditions."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.block_num_heads, list | tuple):  # old configs have a list of one
-            (self.block_num_heads,) = self.block_num_heads
-        if len(self.block_out_channels) != 1:
-            raise ValueError(
-                f"block_out_channels {self.block_out_channels}: one level only; checkpoints of "
-                "several levels are of the first U-ViT, which this model cannot load"
-            )
-        if self.vocab_size <= self.codebook_size:
-            raise ValueError(
-                f"vocab_size {self.vocab_size} has no room for a mask beside {self.codebook_size} "
-                "codes"
-            )
-        if self.micro_cond_embed_dim % self.micro_cond_encode_dim:
-            raise ValueError(
-                f"micro_cond_embed_dim {self.micro_cond_embed_dim} is no multiple of "
-                f"micro_cond_encode_dim {self.micro_cond_encode_dim}"
-            )
 
 
 class MaskGiTUViT(TokenTransformer):
@@ -142,6 +68,7 @@ class MaskGiTUViT(TokenTransformer):
         self.up_blocks = nn.ModuleList([self._stage(style, "up")])
         self.mlm_layer = UViTHead(c, style)
         self._init_weights()
+        self.add_extensions(channels, c.encoder_hidden_size, c.cond_embed_dim)
 
     def forward(
         self,
@@ -154,13 +81,16 @@ class MaskGiTUViT(TokenTransformer):
         label_smoothing: float = 0.0,
         loss_weight: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        dropped: Tensor | None = None,
+        previous: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, N, K); with labels (B, N), -100 = ignored: (logits, mean loss).
 
         input_ids (B, N) in [0, V), row by row of a grid (h, w), square when not given;
         encoder_hidden_states (B, S, encoder_hidden_size); cond_embeds (B, cond_embed_dim);
         micro_conds (B, m): width, height, crop top, crop left, aesthetic score;
-        encoder_attention_mask (B, S), 1 = attend. loss_weight: see token_loss.
+        encoder_attention_mask (B, S), 1 = attend. loss_weight: see token_loss. dropped, previous:
+        see hidden_states.
         """
         hidden = self.hidden_states(
             input_ids,
@@ -169,6 +99,8 @@ class MaskGiTUViT(TokenTransformer):
             micro_conds,
             encoder_attention_mask,
             grid=grid,
+            dropped=dropped,
+            previous=previous,
         )
         return self.logits_and_loss(hidden, labels, label_smoothing, loss_weight)
 
@@ -178,10 +110,11 @@ class MaskGiTUViT(TokenTransformer):
         cond_embeds: Tensor,
         micro_conds: Tensor,
         encoder_attention_mask: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Context:
         """What depends on the condition alone: keys and values of the text, scales and shifts."""
         text, cond, bias = self._condition(
-            encoder_hidden_states, cond_embeds, micro_conds, encoder_attention_mask
+            encoder_hidden_states, cond_embeds, micro_conds, encoder_attention_mask, dropped
         )
         blocks: list[Any] = self.layers()
         return bias, tuple(block.context(text, cond) for block in blocks)
@@ -195,20 +128,26 @@ class MaskGiTUViT(TokenTransformer):
         encoder_attention_mask: Tensor | None = None,
         context: Context | None = None,
         grid: tuple[int, int] | None = None,
+        dropped: Tensor | None = None,
+        previous: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads, (B, N, C); given a context, the condition is not needed."""
+        """What the head reads, (B, N, C); given a context, the condition is not needed.
+
+        dropped (B,) bool: rows that get the learned null texts (null_text_length). previous (B, N):
+        an earlier prediction of the codes (self_conditioning), the mask id where there is none.
+        """
         down: Any = self.down_blocks[0]
         up: Any = self.up_blocks[0]
         text = cond = None
         if context is None:
             text, cond, bias = self._condition(
-                encoder_hidden_states, cond_embeds, micro_conds, encoder_attention_mask
+                encoder_hidden_states, cond_embeds, micro_conds, encoder_attention_mask, dropped
             )
             contexts: tuple[Any, ...] = (None,) * len(self.layers())
         else:
             bias, contexts = context
         known = iter(contexts)
-        x = down.resampled(self.embed(input_ids, grid), "downsample")  # (B, h, w, C)
+        x = down.resampled(self.embed(input_ids, grid, previous), "downsample")  # (B, h, w, C)
         for block in down.blocks():
             x = self.run(block, x, text, cond, bias, next(known))
         size = x.shape[1:3]
@@ -251,12 +190,14 @@ class MaskGiTUViT(TokenTransformer):
         pooled: Tensor | None,
         micro_conds: Tensor | None,
         mask: Tensor | None,
+        dropped: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Text (B, S, D), condition vector (B, D) and the bias of the text's mask."""
         if text is None or pooled is None or micro_conds is None:
             raise ValueError(
                 "give encoder_hidden_states, cond_embeds and micro_conds, or a context"
             )
+        text, mask, pooled = self.with_null(text, mask, pooled, dropped)
         text = self.encoder_proj_layer_norm(self.encoder_proj(text))
         micro = sinusoidal_encode(micro_conds, self.config.micro_cond_encode_dim).flatten(1)
         if micro.shape[1] != self.config.micro_cond_embed_dim:
@@ -290,18 +231,25 @@ class UViTEmbed(nn.Module):
     def __init__(self, c: MaskGiTUViTConfig, style: NormStyle):
         super().__init__()
         self.embeddings = nn.Embedding(c.vocab_size, c.in_channels)
+        self.previous = previous_mapping(c.in_channels, c.self_conditioning)
         self.layer_norm = style.norm(c.in_channels)
         self.conv = nn.Conv2d(c.in_channels, c.block_out_channels[0], 1, bias=c.use_bias)
 
-    def forward(self, input_ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """input_ids (B, N) -> (B, h, w, C)."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        grid: tuple[int, int] | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids, previous (B, N) -> (B, h, w, C)."""
         count = input_ids.shape[1]
         grid = grid or (math.isqrt(count), math.isqrt(count))
         if grid[0] * grid[1] != count:
             raise ValueError(
                 f"{count} codes do not fill a grid of {grid[0]} x {grid[1]}: give grid"
             )
-        x = self.layer_norm(self.embeddings(input_ids)).unflatten(1, grid)
+        x = embed_codes(self.embeddings, self.previous, input_ids, previous)
+        x = self.layer_norm(x).unflatten(1, grid)
         return to_features(self.conv(to_images(x)))
 
 

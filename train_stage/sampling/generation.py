@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from train_stage.objective.mask_schedule import Schedule, get_mask_schedule
+from train_stage.sampling.critic import judge_of
 from train_stage.sampling.guidance import (
     MASK,
     POOLED,
@@ -62,17 +63,20 @@ def generate(
     callback: Callable[[int, Tensor], None] | None = None,
     compiler: Compiler | None = None,
     generator: torch.Generator | None = None,
+    critic: Any = None,
 ) -> Any:
     """Codes (B, N) int64 in [0, K) from a MaskGitTransformer or a MaskGiTUViT.
 
     class_ids (B,), or what the model's forward takes, one row standing for all; without, `rows`
-    images. negative_…: what the unconditional half gets, text is zeros when not given.
-    input_ids with mask ids says what to fill in (in-painting; starting_mask_ratio then scales the
-    schedule); with first_step > 0 the decoding begins there (image to image: add_mask_noise).
-    temperature_decay is "linspace" for models with cond_embeds, "linear" for others. N: input_ids,
-    seq_len, grid (h, w) or the model says. return_intermediate: (codes, draws of every step).
-    generator: on the model's device or the CPU. More: guidance_scales, step_temperatures, decode.
-    Raises ValueError for what does not fit.
+    images. negative_…: what the unconditional half gets, by default the null text that the model
+    learned, or zeros. input_ids with mask ids says what to fill in (in-painting;
+    starting_mask_ratio then scales the schedule); with first_step > 0 decoding begins there (image
+    to image: add_mask_noise). temperature_decay is "linspace" for models with cond_embeds, "linear"
+    for others. N: input_ids, seq_len, grid (h, w) or the model says. return_intermediate: (codes,
+    draws of every step). generator: on the model's device or the CPU. critic: "self", or a model
+    with a critic_head, says which codes look drawn and are hidden again, in place of the least
+    probable: one more forward a step. More: guidance_scales, step_temperatures, decode. Raises
+    ValueError for what does not fit.
     """
     check_classes(model, class_ids)
     condition = {TEXT: encoder_hidden_states, MASK: encoder_attention_mask}
@@ -83,14 +87,15 @@ def generate(
     ids = rows_of("input_ids", ids, images, ids.shape[1:])
     scales = guidance_scales(guidance_scale, timesteps, guidance_schedule)
     predict = predictor(model, ids, class_ids, condition, negative, scales, grid, compiler)
-    schedule, mask_id = as_schedule(noise_schedule), model.mask_token_id
-    counts = hidden_counts(schedule, timesteps, ids.shape[1], starting_mask_ratio)
+    left = hidden_counts(as_schedule(noise_schedule), timesteps, ids.shape[1], starting_mask_ratio)
     decay = temperature_decay or ("linear" if cond_embeds is None else "linspace")
     cooled = step_temperatures(temperature, timesteps, decay)
+    judge = judge_of(critic, model, class_ids, condition, images, grid)
     draws: list[Tensor] | None = [] if return_intermediate else None
     codes = decode(
-        predict, ids, mask_id, counts, cooled, first_step, generator, callback, draws, compiler
-    )
+        predict, ids, model.mask_token_id, left, cooled, first_step, generator, callback, draws,
+        compiler, judge, model.config.self_conditioning,
+    )  # fmt: skip
     return (codes, draws) if return_intermediate else codes
 
 

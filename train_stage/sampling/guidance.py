@@ -59,7 +59,8 @@ def predictor(
 
     input_ids (B, N) of the first step; class_ids (B or 1,); condition: the keywords of
     model.context, B or 1 rows each; negative: the same for the unconditional half of the batch,
-    which there is with scales, one a step, and a class or text.
+    which there is with scales, one a step, and a class or text; without one, the model's learned
+    null text, if it has that.
     """
     if class_ids is None and condition.get(TEXT) is None:
         scales = None  # nothing to guide towards
@@ -67,24 +68,30 @@ def predictor(
     options = {} if grid is None else {"grid": grid}
     mix = None if scales is None else torch.tensor(scales, device=input_ids.device)
     tokens = class_tokens(model, class_ids, len(input_ids), mix is not None)
-    keywords = batch_condition(condition, negative, len(input_ids), mix is not None)
+    keywords = full_condition(model, condition, negative, len(input_ids), mix is not None)
 
-    def batch(ids: Tensor) -> Tensor:  # (B, N) -> (R, T)
+    def batch(ids: Tensor, first: Tensor | None) -> Tensor:  # (B, N) -> (R, T)
         ids = ids if mix is None else torch.cat([ids, ids])
-        return ids if tokens is None else torch.cat([tokens, ids], 1)
+        return ids if first is None else torch.cat([first, ids], 1)
 
-    start = batch(input_ids)
+    start = batch(input_ids, tokens)
+    no_code = None if tokens is None else torch.full_like(tokens, model.mask_token_id)
     distinct, index = distinct_rows([start, *keywords.values()])
     few = model.context(**{name: value[distinct] for name, value in keywords.items()})
     repeats = len(distinct) < len(index)
     context = select_rows(few, index) if repeats else few
 
-    def predict(ids: Tensor, positions: Tensor, step: int) -> Tensor:
+    def predict(
+        ids: Tensor, positions: Tensor, step: int, previous: Tensor | None = None
+    ) -> Tensor:
         if repeats and ids is input_ids:  # the first step
             with torch.compiler.set_stance("force_eager"):  # compiled layers keep to one shape
                 hidden = model.hidden_states(start[distinct], context=few, **options)[index]
         else:
-            hidden = model.hidden_states(batch(ids), context=context, **options)  # (R, T, E)
+            more = {} if previous is None else {"previous": batch(previous, no_code)}
+            hidden = model.hidden_states(  # (R, T, E)
+                batch(ids, tokens), context=context, **options, **more
+            )
         hidden = hidden if tokens is None else hidden[:, 1:]
         return head(model, hidden, positions, None if mix is None else mix[step])
 
@@ -97,6 +104,20 @@ def class_tokens(model: Any, class_ids: Tensor | None, images: int, guided: bool
         return None
     tokens = rows_of("class_ids", class_ids + model.config.codebook_size, images, ()).unsqueeze(1)
     return torch.cat([tokens, torch.full_like(tokens, model.mask_token_id)]) if guided else tokens
+
+
+def full_condition(
+    model: Any, condition: Condition, negative: Condition, images: int, guided: bool
+) -> dict[str, Tensor]:
+    """batch_condition; a model that learned a null text gets that where no negative is given."""
+    learned = getattr(model.config, "null_text_length", None)
+    given = {name: x for name in (TEXT, POOLED) if (x := condition.get(name)) is not None}
+    if not (learned and guided and given) or any(x is not None for x in negative.values()):
+        return batch_condition(condition, negative, images, guided)
+    nothing = {name: torch.zeros_like(x[:1]) for name, x in given.items()}
+    batch = batch_condition(condition, nothing, images, guided)
+    is_second_half = torch.arange(2 * images, device=given[TEXT].device) >= images
+    return batch | {"dropped": is_second_half}  # the model puts its own there
 
 
 def batch_condition(
@@ -155,7 +176,8 @@ def distinct_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     Two int64 tensors (M,), M <= R, and (R,) in [0, M): x[distinct][index] equals x.
     """
-    differs = torch.stack([(x[1:] != x[:-1]).flatten(1).any(-1) for x in tensors]).any(0)
+    unlike = [(x[1:] != x[:-1]).unsqueeze(-1).flatten(1).any(-1) for x in tensors]
+    differs = torch.stack(unlike).any(0)
     is_new = F.pad(differs, (1, 0), value=True)
     return is_new.nonzero().squeeze(1), is_new.cumsum(0) - 1  # a sync, before the first step
 

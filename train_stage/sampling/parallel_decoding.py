@@ -14,8 +14,10 @@ from torch import Tensor
 
 from train_stage.objective.mask_schedule import Schedule
 
-Predict = Callable[[Tensor, Tensor, int], Tensor]
-"""input_ids (B, N), positions (B, L), step -> logits (B, L, K) of those positions."""
+Predict = Callable[..., Tensor]
+"""input_ids (B, N), positions (B, L), step[, previous (B, N)] -> logits (B, L, K) of positions."""
+Judge = Callable[[Tensor], Tensor]
+"""codes (B, N) -> odds (B, N) in [0, inf] that each is the image's own, and was not drawn."""
 Compiler = Callable[[Callable], Callable]
 TemperatureDecay = Literal["linear", "cumulative", "linspace"]
 TINY = 1e-20
@@ -68,13 +70,18 @@ def decode(
     callback: Callable[[int, Tensor], None] | None = None,
     draws: list[Tensor] | None = None,
     compiler: Compiler | None = None,
+    judge: Judge | None = None,
+    is_self_conditioned: bool = False,
 ) -> Tensor:
     """Codes (B, N): what input_ids (B, N) hides is filled in, the rest stays.
 
     counts, temperatures: hidden_counts, step_temperatures. first_step > 0 begins in the middle.
     callback(step, input_ids) sees what each step leaves. draws, a list, gets each step's draws for
     all positions (B, N), which then are all predicted. compiler: what compiles the functions that
-    end a step, as torch.compile. Raises ValueError where the model predicts NaN.
+    end a step, as torch.compile. judge: its odds take the place of the codes' probabilities, and
+    what is settled may be hidden again. is_self_conditioned: the most probable codes of a step are
+    `previous` of the next, where they are hidden still, as in training. Raises ValueError where the
+    model predicts NaN.
     """
     if not 0 <= first_step < len(counts):
         raise ValueError(f"first_step={first_step} of {len(counts)} decoding steps")
@@ -82,22 +89,29 @@ def decode(
     hide = compiler(hide_again) if compiler else hide_again
     count, cooled = (torch.tensor(x, device=input_ids.device) for x in (counts, temperatures))
     broken = torch.zeros((), dtype=torch.bool, device=input_ids.device)
-    hidden = input_ids == mask_id
+    hidden = unknown = input_ids == mask_id
+    likely = torch.full_like(input_ids, mask_id)
+    given = (likely,) if is_self_conditioned else ()
     length = max(int(hidden.sum(-1).max()), 1)  # a sync, before the first step
     for step in range(first_step, len(counts)):
         positions = hidden_positions(hidden, length if draws is None else hidden.shape[1])
-        logits = predict(input_ids, positions, step)
+        logits = predict(input_ids, positions, step, *given)
         noise = exponential_noise((*hidden.shape, logits.shape[-1]), logits.device, generator)
         codes, drawn, chosen = settle(input_ids, hidden, positions, logits, take(noise, positions))
-        broken = broken | chosen.isnan().any()
         if draws is not None:
             draws.append(torch.empty_like(codes).scatter(1, positions, drawn))
         input_ids = codes
         if step < len(counts) - 1:
+            if judge is not None:
+                chosen = torch.where(unknown, judge(codes), torch.inf)
             uniform = uniform_noise(hidden.shape, codes.device, generator)
-            again = hide(hidden, positions, chosen, uniform, count[step], cooled[step])
+            again = hide(hidden, chosen, uniform, count[step], cooled[step])
+            if is_self_conditioned:
+                likely = fill(likely, hidden, positions, logits.argmax(-1))
+                given = (torch.where(again, likely, mask_id),)
             hidden, input_ids = again, torch.where(again, mask_id, codes)
             length = max(min(length - 1, counts[step]), 1)
+        broken = broken | chosen.isnan().any()
         if callback is not None:
             callback(step, input_ids)
     if broken:  # a sync, after the last step
@@ -115,37 +129,36 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device).unsqueeze(1), positions]
 
 
+def fill(x: Tensor, hidden: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """x (B, N) with values (B, L) at those of the positions (B, L) that are hidden (B, N) bool."""
+    return torch.where(hidden, x.scatter(1, positions, values), x)
+
+
 def settle_codes(
     input_ids: Tensor, hidden: Tensor, positions: Tensor, logits: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws a code at each position: all codes (B, N), the draws and their probability (B, L).
+    """Draws a code at each position: all codes (B, N), the draws (B, L), probabilities (B, N).
 
     With exponential noise (B, L, K) the arg-max of p / noise is a draw from p, and the very one
-    that torch.multinomial makes.
+    that torch.multinomial makes. Codes that were known have the probability inf.
     """
     probabilities = logits.float().softmax(-1)
     drawn = (probabilities / noise).argmax(-1)
     chosen = probabilities.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-    codes = torch.where(hidden, input_ids.scatter(1, positions, drawn), input_ids)
-    return codes, drawn, chosen
+    known = torch.full(hidden.shape, torch.inf, device=chosen.device)
+    codes = fill(input_ids, hidden, positions, drawn)
+    return codes, drawn, fill(known, hidden, positions, chosen)
 
 
 def hide_again(
-    hidden: Tensor,
-    positions: Tensor,
-    chosen: Tensor,
-    uniform: Tensor,
-    count: Tensor,
-    temperature: Tensor,
+    hidden: Tensor, chosen: Tensor, uniform: Tensor, count: Tensor, temperature: Tensor
 ) -> Tensor:
-    """The least confident of `hidden` (B, N) bool: `count` of them, but one fewer than it has.
+    """The least confident codes, (B, N) bool: `count`, but one fewer than are `hidden` (B, N).
 
-    chosen (B, L): the probability of the code at each position; uniform (B, N) in [0, 1).
+    chosen (B, N): the codes' probabilities, inf for what stays; uniform (B, N) in [0, 1).
     """
-    everywhere = torch.full_like(uniform, torch.inf).scatter(1, positions, chosen)
-    probabilities = torch.where(hidden, everywhere, torch.inf)  # what is known stays
     mask_len = (hidden.sum(-1, keepdim=True) - 1).minimum(count).clamp(min=1)  # (B, 1)
-    return least_confident(mask_len, probabilities, temperature * gumbel(uniform))
+    return least_confident(mask_len, chosen, temperature * gumbel(uniform))
 
 
 def least_confident(mask_len: Tensor, probabilities: Tensor, noise: Tensor | float) -> Tensor:
