@@ -28,8 +28,12 @@ from tokenize_stage.work.work_split import share_of
 from train_stage.models import amused
 from train_stage.models.transformer import MaskGitTransformer
 from train_stage.models.uvit import MaskGiTUViT, sinusoidal_encode
-from train_stage.objective import loss, masking
+from train_stage.objective import masking
+from train_stage.objective.buckets import BUCKETS, bucket_of
+from train_stage.objective.chunked_loss import linear_cross_entropy
+from train_stage.objective.loss import IGNORE
 from train_stage.objective.mask_schedule import get_mask_schedule
+from train_stage.objective.predictions import entropies
 from train_stage.pipeline.muse_pipeline import MusePipeline
 from train_stage.sampling import generation as sampling
 from train_stage.sampling import parallel_decoding
@@ -212,6 +216,36 @@ def loss_weight(ratio, mask, min_val=0.3):
     return masking.predict_all_weights(masking.MaskDraw(mask.bool(), ratio), min_val)
 
 
+def soft_target_cross_entropy(logits, labels, soft_targets):
+    """Of the K codes only, without position 0, which is the class token's."""
+    size = soft_targets.shape[-1]
+    labels = labels[:, 1:]
+    scored = labels != IGNORE
+    ids = torch.arange(size).expand(int(scored.sum()), size)
+    scores = linear_cross_entropy(
+        logits[:, 1:, :size][scored],
+        torch.eye(size),
+        None,
+        labels[scored],
+        soft=(ids, soft_targets[scored]),
+    )
+    return scores.total / len(ids)
+
+
+def masked_buckets(input_ids, mask_id):
+    return bucket_of((input_ids == mask_id).float().mean(-1))
+
+
+def entropy_by_bucket(logits, input_ids, mask_id):
+    """Means over the images of each bucket, 0 where there are none."""
+    masked = input_ids == mask_id
+    image = masked.nonzero()[:, 0]
+    found = entropies(logits[masked], torch.eye(logits.shape[-1]), None, image, len(masked))
+    bucket = masked_buckets(input_ids, mask_id)
+    count = torch.bincount(bucket, minlength=BUCKETS).clamp(min=1)
+    return [torch.zeros(BUCKETS).index_add(0, bucket, values) / count for values in found]
+
+
 # sampling: what the reference and diffusers call the parts of parallel_decoding.py
 
 
@@ -352,8 +386,8 @@ def functions():
         "lion_run": lion_run,
         "mask_tokens": mask_tokens,
         "loss_weight": loss_weight,
-        "soft_target_cross_entropy": loss.soft_target_cross_entropy,
-        "masked_buckets": loss.masked_buckets,
-        "pixel_entropy_by_bucket": lambda *args: loss.entropy_by_bucket(*args)[0],
-        "image_entropy_by_bucket": lambda *args: loss.entropy_by_bucket(*args)[1],
+        "soft_target_cross_entropy": soft_target_cross_entropy,
+        "masked_buckets": masked_buckets,
+        "pixel_entropy_by_bucket": lambda *args: entropy_by_bucket(*args)[0],
+        "image_entropy_by_bucket": lambda *args: entropy_by_bucket(*args)[1],
     }

@@ -52,22 +52,23 @@ def test_same_masks_for_any_world_size():
         ]
         assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
-        assert {part.scored for part in parts} == {whole.scored}
-    assert whole.scored == int((whole.labels != -100).sum())
+        assert {part.denominator for part in parts} == {whole.denominator}
+    assert whole.denominator == int((whole.labels != -100).sum())
 
 
 def test_positions_are_where_labels_are():
     masked = mask(make_batch(48))
-    for input_ids, labels, positions in masked.split(3):
-        assert input_ids.shape == labels.shape == (16, 17)  # the class token is never scored
-        assert torch.equal(positions, (labels.flatten() != -100).nonzero().squeeze(-1))
-    assert sum(len(positions) for _, _, positions in masked.split(3)) == masked.scored
+    for part in masked.split(3):
+        labels = part["labels"]
+        assert part["input_ids"].shape == labels.shape == (16, 17)  # the class is never scored
+        assert torch.equal(part["positions"], (labels.flatten() != -100).nonzero().squeeze(-1))
+    assert sum(len(part["positions"]) for part in masked.split(3)) == masked.denominator
 
 
 def test_the_draws_of_old_runs():
     """Pinned: a change would make resumed runs go on with other masks than they began with."""
     masked = mask(make_batch(48))
-    assert (masked.scored, int(masked.input_ids.sum())) == (557, 80334)
+    assert (masked.denominator, int(masked.input_ids.sum())) == (557, 80334)
 
 
 def test_a_step_asks_the_device_for_nothing():
@@ -75,11 +76,11 @@ def test_a_step_asks_the_device_for_nothing():
     device = torch.device("meta")
     masked, sums = mask(make_batch(48), device="meta"), Sums.zeros(device)
     loss_module = MaskedLoss(tiny_model().to(device), label_smoothing=0.1)
-    for input_ids, labels, positions in masked.split(2):
-        out = loss_module(input_ids, labels, positions)
-        (out["total"] / masked.scored).backward()
-        sums.add(out, labels)
-    assert masked.labels.is_meta and isinstance(masked.scored, int)
+    for part in masked.split(2):
+        out = loss_module(**part)
+        (out["total"] / masked.denominator).backward()
+        sums.add(out)
+    assert masked.labels.is_meta and isinstance(masked.denominator, float)
     with pytest.raises((NotImplementedError, RuntimeError)):
         masked.labels.nonzero()
 
@@ -92,15 +93,15 @@ def test_steps_and_seeds_differ_and_repeat():
 
 
 def test_sums_by_hand():
-    labels = torch.full((2, 10), -100)
-    labels[0, :1], labels[1, :] = 5, 5
     out = {
+        "bucket": torch.tensor([0, *[9] * 10]),
+        "weight": torch.ones(11),
         "losses": torch.arange(11.0),
         "plain": torch.arange(11.0),
         "correct": torch.arange(11) == 0,
     }
     sums = Sums.zeros(torch.device("cpu"))
-    sums.add(out, labels)
+    sums.add(out)
     metrics = describe_sums(sums.flat().tolist())
     assert metrics["loss"] == 5.0 and metrics["accuracy"] == pytest.approx(1 / 11)
     assert metrics["loss_masked_0_10"] == 0.0 and metrics["loss_masked_90_100"] == 5.5

@@ -12,15 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train_stage.objective.buckets import BUCKETS
 from train_stage.objective.chunked_loss import (
     ScoreChunk,
+    SoftTargets,
     chunk_rows,
     linear_cross_entropy,
     score_chunk,
 )
+from train_stage.objective.critic import critic_scores, fill
+from train_stage.objective.predictions import best_codes, drawn_codes, entropies
 
 IGNORE = -100
-BUCKETS = 10  # of the share of masked codes: (0, .1], (.1, .2], … (.9, 1]
 
 
 def token_loss(
@@ -64,31 +67,29 @@ def masked_loss(
     return scores.total / (len(positions) if weight is None else weight.sum())
 
 
-def soft_target_cross_entropy(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:
-    """Cross-entropy against distributions: soft_targets (B, N, K), averaged over scored codes.
-
-    With one more position in `labels` than in `soft_targets` the first is the class token and is
-    dropped. (The reference always drops position 0, which loses a code of unconditional models.)
-    """
-    extra = labels.shape[1] - soft_targets.shape[1]
-    if extra not in (0, 1):
-        raise ValueError(f"{labels.shape[1]} labels for {soft_targets.shape[1]} soft targets")
-    logits, labels = logits[:, extra:, : soft_targets.shape[-1]], labels[:, extra:]
-    losses = -(soft_targets * F.log_softmax(logits, dim=-1)).sum(-1)  # (B, N)
-    scored = labels != IGNORE
-    return (losses * scored).sum() / scored.sum()
-
-
 class MaskedLoss(nn.Module):
     """The training path: hidden states -> head on scored positions only -> losses.
 
     A module of its own so that DistributedDataParallel can wrap it; holds the model, no weights.
     """
 
-    def __init__(self, model: Any, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        model: Any,
+        label_smoothing: float = 0.0,
+        soft_table: SoftTargets | None = None,
+        generator: Any = None,
+        grid: tuple[int, int] | None = None,
+    ):
+        """soft_table: targets of every code, (K, k) each (soft_targets.codebook_targets).
+        generator: a frozen TokenTransformer; the model then learns to judge its codes only.
+        grid: (h, w) of the codes for a U-ViT, if no square.
+        """
         super().__init__()
         self.model: Any  # a TokenTransformer
-        self.model, self.label_smoothing = model, label_smoothing
+        self.model, self.label_smoothing, self.soft_table = model, label_smoothing, soft_table
+        self.generators = [] if generator is None else [generator]  # a list: no part of the module
+        self.grid = {} if grid is None else {"grid": grid}
         self.compiled: ScoreChunk | None = None
 
     def compile_parts(self, backend: Any = "inductor") -> None:
@@ -102,59 +103,104 @@ class MaskedLoss(nn.Module):
         self.compiled = torch.compile(score_chunk, **options)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, positions: Tensor, **condition: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        bucket: Tensor | None = None,
+        weight: Tensor | None = None,
+        soft_ids: Tensor | None = None,
+        soft_weights: Tensor | None = None,
+        image: Tensor | None = None,
+        previous: Tensor | None = None,
+        codes: Tensor | None = None,
+        draw: Tensor | None = None,
+        critic_weight: Tensor | None = None,
+        **condition: Any,
     ) -> dict[str, Tensor]:
-        """Scores, by name, of input_ids and labels (B, T) at positions (M,) of their B * T.
+        """Scores, by name, of input_ids and labels (b, T) at positions (M,) of their b * T.
 
         The caller knows where labels are not -100 without asking a GPU, which has to wait then.
-        condition: the keywords of the model's hidden_states.
+        bucket (M,): BUCKETS where the code is visible; weight (M,); soft_ids, soft_weights (M, k);
+        image (M,): the row, where entropies are wanted; previous (b, T) mask ids: predict once to
+        condition on that. codes (b, N), draw (M,) in [0, 1), critic_weight (b,): the critic's, see
+        critic.py. condition: the keywords of the model's hidden_states.
         """
-        hidden = self.model.hidden_states(input_ids, **condition)
-        weight, bias = self.model.output_layer()
+        condition |= self.grid
+        given = {"input_ids": input_ids, **condition}
+        if previous is not None:
+            given["previous"] = self.predict(given, positions, previous)
+        out: dict[str, Tensor] = {} if bucket is None else {"bucket": bucket}
+        teacher = self.generators[0] if self.generators else self.model  # whose codes are judged
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.generators):
+            features = features_at(teacher, given, positions)  # (M, E)
+        if not self.generators:
+            soft = None if soft_ids is None or soft_weights is None else (soft_ids, soft_weights)
+            out |= self.score(features, labels, positions, weight, soft)
+        if bucket is not None and image is not None:
+            out |= describe_entropy(teacher, features, image, len(labels), bucket)
+        if bucket is not None and codes is not None and draw is not None:
+            drawn = drawn_codes(features, *code_layer(teacher), draw)
+            filled = fill(input_ids, positions, bucket, drawn)
+            judged = critic_scores(self.model, filled, codes, critic_weight, condition)
+            out |= judged | {"total": out.get("total", 0) + judged["critic_total"]}
+        return out
+
+    def score(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        weight: Tensor | None,
+        soft: SoftTargets | None,
+    ) -> dict[str, Tensor]:
+        """The cross-entropy of features (M, E), by name. Soft targets are over the K codes only."""
+        targets = labels.flatten()[positions]
+        if self.soft_table is not None:
+            soft = (self.soft_table[0][targets], self.soft_table[1][targets])
+        matrix, bias = self.model.output_layer() if soft is None else code_layer(self.model)
         scores = linear_cross_entropy(
-            self.model.head(hidden.flatten(0, 1).index_select(0, positions)),
-            weight,
+            features,
+            matrix,
             bias,
-            labels.flatten()[positions],
+            targets,
             self.label_smoothing,
-            chunk=min(labels.numel(), chunk_rows(len(weight))),
-            compiled=self.compiled,
+            weight,
+            min(labels.numel(), chunk_rows(len(matrix))),
+            self.compiled,
+            soft,
         )
-        return scores._asdict()
+        ones = torch.ones_like(scores.plain) if weight is None else weight
+        return scores._asdict() | {"weight": ones}
+
+    @torch.no_grad()
+    def predict(self, given: dict[str, Any], positions: Tensor, previous: Tensor) -> Tensor:
+        """previous (b, T) with the model's best codes at the scored positions."""
+        features = features_at(self.model, {**given, "previous": previous}, positions)
+        best = best_codes(features, *code_layer(self.model))
+        torch.clear_autocast_cache()  # torch 2.9 would use weights cast here, without gradient
+        return previous.flatten().scatter(0, positions, best).view_as(previous)
 
 
-def masked_buckets(input_ids: Tensor, mask_id: int) -> Tensor:
-    """The bucket (0..9) of each row by its share of masked ids: (B, N) -> (B,) int64."""
-    return bucket_of((input_ids == mask_id).float().mean(-1))
+def features_at(model: Any, given: dict[str, Any], positions: Tensor) -> Tensor:
+    """What the output layer reads at positions (M,) of all: (M, E)."""
+    return model.head(model.hidden_states(**given).flatten(0, 1).index_select(0, positions))
 
 
-def bucket_of(share: Tensor) -> Tensor:
-    """Shares in (0, 1] -> bucket index 0..9; a share on an edge belongs to the lower bucket."""
-    edges = torch.arange(1, BUCKETS, device=share.device) / BUCKETS
-    return torch.bucketize(share, edges)
+def code_layer(model: Any) -> tuple[Tensor, Tensor | None]:
+    """The rows of a model's output layer that are codes: (K, E), (K,)."""
+    weight, bias = model.output_layer()
+    size = model.config.codebook_size
+    return weight[:size], None if bias is None else bias[:size]
 
 
-def entropy_by_bucket(logits: Tensor, input_ids: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """Mean entropies (nats) in each bucket of masked share: two (10,) tensors, 0 where empty.
-
-    First: of each masked code's distribution, averaged over the codes of an image. Second: of the
-    image's average distribution. A wide gap means that codes disagree about what comes.
-    """
-    masked = (input_ids == mask_id).unsqueeze(-1)  # (B, N, 1)
-    probabilities = logits.softmax(-1)
-    count = masked.sum((1, 2)).clamp(min=1)
-    by_code = (_entropy(probabilities) * masked.squeeze(-1)).sum(-1) / count  # (B,)
-    by_image = _entropy((probabilities * masked).sum(1) / count.unsqueeze(-1))  # (B,)
-    bucket = masked_buckets(input_ids, mask_id)
-    return mean_by_bucket(by_code, bucket), mean_by_bucket(by_image, bucket)
-
-
-def mean_by_bucket(values: Tensor, bucket: Tensor) -> Tensor:
-    """Mean of values (B,) in each of the ten buckets; 0 where there are none."""
-    total = torch.zeros(BUCKETS, dtype=values.dtype, device=values.device)
-    total = total.index_add(0, bucket, values)
-    return total / torch.bincount(bucket, minlength=BUCKETS).clamp(min=1)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return -(probabilities * probabilities.clamp(min=1e-20).log()).sum(-1)
+def describe_entropy(
+    model: Any, features: Tensor, image: Tensor, images: int, bucket: Tensor
+) -> dict[str, Tensor]:
+    """Entropies of each image's hidden codes, and its bucket, (images,) each, by name."""
+    matrix, bias = model.output_layer()
+    by_code, average = entropies(features, matrix, bias, image, images, bucket < BUCKETS)
+    bucket = torch.full((images,), BUCKETS, device=bucket.device).scatter_reduce(
+        0, image, bucket, "amin"
+    )
+    return {"entropy_token": by_code, "entropy_image": average, "entropy_bucket": bucket}

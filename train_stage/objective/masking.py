@@ -33,13 +33,18 @@ def draw_mask(
     contiguous_region_prob: float | None = None,
     fixed_ratios: Sequence[float] | None = None,
     rng: random.Random | None = None,
+    grid: tuple[int, int] | None = None,
+    stratified: bool = False,
+    needed: slice = slice(None),
 ) -> MaskDraw:
     """Draws masks for `rows` rows of `codes` codes, on the generator's device.
 
     The ratio is schedule(u), u uniform, at least min_masking_rate; round(ratio * N) codes (one at
-    least) are hidden, anywhere, or, with contiguous_region_prob, in one rectangle of the square
-    grid. fixed_ratios: each row takes one of these instead (evaluation). `rng` makes the choices
-    that are not tensors; it is needed for the last two.
+    least) are hidden, anywhere, or, with contiguous_region_prob, in one rectangle of the grid
+    (h, w), square when None. fixed_ratios: each row takes one of these instead (evaluation). `rng`
+    makes the choices that are not tensors; those two need it. stratified: see stratified_uniform.
+    needed: the rows whose masks are used; of others only the ratio and the number of hidden codes
+    are right, which saves sorting their draws.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     if (fixed_ratios or contiguous_region_prob) and rng is None:
@@ -48,24 +53,38 @@ def draw_mask(
         ratio = torch.tensor(rng.choices(fixed_ratios, k=rows), device=device)  # type: ignore[union-attr]
     else:
         u = torch.rand(rows, generator=generator, device=device)
+        u = stratified_uniform(u, generator) if stratified else u
         ratio = schedule(u).clip(min_masking_rate)
     hidden = (codes * ratio).round().clamp(min=1)  # (B,)
     if contiguous_region_prob and rng.random() < contiguous_region_prob:  # type: ignore[union-attr]
-        mask = draw_rectangles(hidden, codes, rng)  # type: ignore[arg-type]
+        side = math.isqrt(codes)
+        mask = draw_rectangles(hidden, grid or (side, side), rng)  # type: ignore[arg-type]
     else:
-        order = torch.rand(rows, codes, generator=generator, device=device).argsort(dim=-1)
+        draws = torch.rand(rows, codes, generator=generator, device=device)
+        order = torch.arange(codes, device=device).repeat(rows, 1)
+        order[needed] = draws[needed].argsort(dim=-1)
         mask = order < hidden.unsqueeze(-1)
     return MaskDraw(mask, ratio)
 
 
-def draw_rectangles(hidden: Tensor, codes: int, rng: random.Random) -> Tensor:
-    """One rectangle a row with at least hidden[i] codes of the square grid: (B, N) bool."""
-    side = math.isqrt(codes)
-    mask = torch.zeros(len(hidden), side, side, dtype=torch.bool, device=hidden.device)
+def stratified_uniform(u: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """u (B,) uniform -> (B,), each still uniform, with exactly one in each [i / B, (i + 1) / B).
+
+    Which row gets which is drawn. The variance of a mean over the batch falls by a factor of about
+    B², against independent draws (variational diffusion does so with its times, Kingma 2021).
+    """
+    cell = torch.randperm(len(u), generator=generator, device=u.device)
+    return (cell + u) / len(u)
+
+
+def draw_rectangles(hidden: Tensor, grid: tuple[int, int], rng: random.Random) -> Tensor:
+    """One rectangle a row with at least hidden[i] codes of the grid (h, w): (B, h * w) bool."""
+    tall, wide = grid
+    mask = torch.zeros(len(hidden), tall, wide, dtype=torch.bool, device=hidden.device)
     for row, count in enumerate(hidden.long().tolist()):
-        height = rng.randint(math.ceil(count / side), min(side, count))
-        width = min(math.ceil(count / height), side)
-        top, left = rng.randint(0, side - height), rng.randint(0, side - width)
+        height = rng.randint(math.ceil(count / wide), min(tall, count))
+        width = min(math.ceil(count / height), wide)
+        top, left = rng.randint(0, tall - height), rng.randint(0, wide - width)
         mask[row, top : top + height, left : left + width] = True
     return mask.flatten(1)
 
