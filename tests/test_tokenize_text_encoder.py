@@ -64,9 +64,10 @@ def test_a_whole_clip_gives_its_text_half_and_missing_weights_are_refused(tmp_pa
     transformers.CLIPModel(config).save_pretrained(tmp_path)
     assert TextEncoder.from_pretrained(tmp_path).encode(["a"]).pooled.shape == (1, 12)
     content = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(content | {"architectures": ["GPT2Model"]}))
+    bart = {"architectures": ["BartModel"], "is_encoder_decoder": True}
+    (tmp_path / "config.json").write_text(json.dumps(content | bart))
     with pytest.raises(
-        ValueError, match=r"architectures=\['GPT2Model'\]; text encoders here: CLIP"
+        ValueError, match=r"architectures=\['BartModel'\], which decodes, too; .*: CLIP"
     ):
         TextEncoder.from_pretrained(tmp_path)
     transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP)).save_pretrained(tmp_path)

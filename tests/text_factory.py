@@ -98,6 +98,27 @@ def make_t5(folder):
     return _write(transformers.T5EncoderModel(config), tokenizer, folder)
 
 
+def make_bert(folder, length=12, width=20):
+    """Writes a BERT and its tokenizer of whole words: an encoder of no kind known by name."""
+    learned = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    learned.normalizer = normalizers.Lowercase()
+    learned.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    learned.train_from_iterator(WORDS.split(), trainers.WordLevelTrainer(special_tokens=specials))
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    learned.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=ends
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=learned, pad_token="[PAD]", unk_token="[UNK]", model_max_length=length
+    )
+    sizes = {"hidden_size": width, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.BertConfig(
+        vocab_size=learned.get_vocab_size(), num_attention_heads=2, **sizes
+    )
+    return _write(transformers.BertModel(config), tokenizer, folder)
+
+
 def _write(model, tokenizer, folder):
     with torch.no_grad():
         randomized(model).save_pretrained(folder)

@@ -166,6 +166,10 @@ def plan(config: GenerateConfig, pipe: MusePipeline) -> list[Group]:
         numbers = list(range(len(prompts)))
         groups = [(numbers[i : i + step], prompts[i : i + step]) for i in numbers[::step]]
         return [Group(some, words, {"prompt": words}) for some, words in groups]
+    if pipe.class_prompt is not None:  # the names of classes are the prompts
+        prompts = [pipe.class_prompt.format(name) for name in pipe.class_names]
+        chosen = parse_class_ids(config.class_ids, len(prompts))
+        return [Group([c], [pipe.class_names[c]], {"prompt": prompts[c]}) for c in chosen]
     if pipe.reads_text:
         raise ValueError("this model reads text: give prompts=[…], or prompts_file=…")
     classes, names = pipe.transformer.config.num_classes, pipe.class_names

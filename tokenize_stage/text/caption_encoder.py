@@ -49,7 +49,10 @@ class CaptionEncoder:
             batch = np.repeat(part[:1].astype(np.int64), self.batch_size, axis=0)  # (B, S)
             batch[: len(part)] = part
             given = torch.from_numpy(batch).to(self.encoder.model.device)
-            made = self.encoder.encode_ids(given, pooled=self.wants_pooled)
+            own_lengths = np.repeat(count[:1].astype(np.int64), self.batch_size)  # (B,)
+            own_lengths[: len(part)] = count
+            known = torch.from_numpy(own_lengths).to(given.device)
+            made = self.encoder.encode_ids(given, pooled=self.wants_pooled, lengths=known)
             if self.wants_states:
                 own = torch.from_numpy(np.arange(ids.shape[1]) < count[:, None]).to(given.device)
                 vectors.append(self._to_float16(made.states[: len(part)][own]))

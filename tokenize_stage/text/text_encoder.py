@@ -1,4 +1,4 @@
-"""Prompts -> text states, by a frozen encoder of `transformers`: CLIP or T5.
+"""Prompts -> text states, by a frozen encoder of `transformers`: CLIP, T5, or any other.
 
 What conditions steps 7 and 8 on words. `pip install 'open-muse[text]'` brings transformers.
 B prompts, S positions (as many as the encoder has, always), W width, C width of the pooled vector.
@@ -14,7 +14,9 @@ from torch import Tensor
 from storage.pretrained import find_model, read_config
 from tokenize_stage.text.tokenizer import CaptionTokenizer, import_transformers, load_tokenizer
 
-ENCODERS = {  # architectures of a config.json: the class of transformers that is its text encoder
+# architectures of a config.json: the class of transformers that is its text encoder. Trained on as
+# open-muse did, padding is not hidden from these; of all others, which AutoModel opens, it is.
+ENCODERS = {
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
     "CLIPModel": "CLIPTextModelWithProjection",
     "CLIPTextModel": "CLIPTextModel",
@@ -31,6 +33,23 @@ class TextStates(NamedTuple):
     states: Tensor  # (B, S, W)
     pooled: Tensor | None = None  # (B, C)
     attention_mask: Tensor | None = None  # (B, S) int64, 0 where there is padding
+
+
+def read_widths(name_or_path: str | Path) -> tuple[int, int | None]:
+    """Widths (W, C) of an encoder, from its configuration alone; C None: it gives no pooled vector.
+
+    Raises FileNotFoundError when nothing is there, and ValueError without transformers.
+    """
+    try:
+        config = import_transformers().AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{name_or_path} holds no text encoder: {reason}") from None
+    names = [ENCODERS.get(name) for name in config.architectures or []]
+    text = getattr(config, "text_config", config)
+    if "CLIPTextModelWithProjection" in names:
+        return text.hidden_size, config.projection_dim
+    return text.hidden_size, None
 
 
 class TextEncoder:
@@ -61,21 +80,32 @@ class TextEncoder:
         """
         transformers = import_transformers()
         folder = find_model(name_or_path, subfolder, revision)
-        names = read_config(folder).get("architectures") or []
-        known = [ENCODERS[name] for name in names if name in ENCODERS]
-        if not known:
+        config = read_config(folder)
+        names = config.get("architectures") or []
+        kind = next((ENCODERS[name] for name in names if name in ENCODERS), "AutoModel")
+        if config.get("is_encoder_decoder") and kind == "AutoModel":
             legal = ", ".join(ENCODERS)
-            raise ValueError(f"{folder} has architectures={names}; text encoders here: {legal}")
-        model, report = getattr(transformers, known[0]).from_pretrained(
+            raise ValueError(
+                f"{folder} has architectures={names}, which decodes, too; text encoders here: "
+                f"{legal}, and models without a decoder"
+            )
+        model, report = getattr(transformers, kind).from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
         missing = sorted(report["missing_keys"])
+        missing = [name for name in missing if not name.startswith("pooler.")]  # never read
         if missing:  # which transformers would leave at random
-            raise ValueError(f"{folder} lacks weights of a {known[0]}:\n  " + "\n  ".join(missing))
+            kind = type(model).__name__
+            raise ValueError(f"{folder} lacks weights of a {kind}:\n  " + "\n  ".join(missing))
         place = tokenizer_subfolder or subfolder or ""
         tokenizer = load_tokenizer(name_or_path, place, revision)
         tokenizer.model_max_length = length or tokenizer.model_max_length
         return cls(model, tokenizer)
+
+    @property
+    def hides_padding(self) -> bool:
+        """Whether what it makes of a text depends on how far that is padded, unless told."""
+        return type(self.model).__name__ not in ENCODERS.values()
 
     @property
     def has_projection(self) -> bool:
@@ -100,19 +130,25 @@ class TextEncoder:
             truncation=True,
             max_length=self.max_length,
         ).to(self.model.device)
-        made = self.encode_ids(tokens.input_ids, pooled, clip_skip)
+        lengths = tokens.attention_mask.sum(-1)
+        made = self.encode_ids(tokens.input_ids, pooled, clip_skip, lengths)
         return made._replace(attention_mask=tokens.attention_mask)
 
     @torch.no_grad()
     def encode_ids(
-        self, input_ids: Tensor, pooled: bool | None = None, clip_skip: int | None = None
+        self,
+        input_ids: Tensor,
+        pooled: bool | None = None,
+        clip_skip: int | None = None,
+        lengths: Tensor | None = None,
     ) -> TextStates:
         """Ids (B, S), padded, on the encoder's device -> states (B, S, W), pooled (B, C) or None.
 
+        lengths (B,): how many ids of each row are no padding; needed where hides_padding.
+
         With pooled (None: where the encoder has a projection) the states are those before the last
         layer, as muse-512 and aMUSEd were trained; else the last ones, normalized. clip_skip n
-        takes those of n layers before the last instead. Padding is not hidden from the encoder, as
-        in open-muse.
+        takes those of n layers before the last instead.
         """
         pooled = self.has_projection if pooled is None else pooled
         if pooled and not self.has_projection:
@@ -121,7 +157,13 @@ class TextEncoder:
         layers = self.model.config.num_hidden_layers
         if clip_skip is not None and not 0 <= clip_skip <= layers:
             raise ValueError(f"clip_skip={clip_skip}: the text encoder has layers 0..{layers}")
-        made = self.model(input_ids, output_hidden_states=True)
+        given = {}
+        if self.hides_padding:
+            if lengths is None:
+                raise ValueError(f"a {type(self.model).__name__} is to know the lengths of texts")
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            given["attention_mask"] = (places < lengths[:, None]).long()  # (B, S)
+        made = self.model(input_ids, output_hidden_states=True, **given)
         if clip_skip is None and not pooled:
             states = made.last_hidden_state
         else:

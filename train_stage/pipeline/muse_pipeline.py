@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from tokenize_stage.text.text_encoder import TextEncoder
 from train_stage import pictures
+from train_stage.conditioning.prompt_encoder import PromptEncoder
 from train_stage.models.load_transformer import Transformer
 from train_stage.models.uvit import MaskGiTUViT
 from train_stage.pipeline.pipeline_folder import (
@@ -90,10 +91,11 @@ class MusePipeline:
         self.vae, self.transformer = vae.float().eval(), transformer.eval()
         if tokenizer is not None:
             text_encoder = TextEncoder(text_encoder, tokenizer)
-        self.text_encoder: TextEncoder | None = text_encoder
+        self.text_encoder: TextEncoder | PromptEncoder | None = text_encoder
         settings = settings or PipelineSettings()
         self.grid = settings.grid or default_grid(transformer)  # (h, w) when no size is given
         self.noise_schedule, self.class_names = settings.noise_schedule, settings.class_names
+        self.class_prompt = settings.class_prompt
         self.has_pooled = isinstance(transformer, MaskGiTUViT)  # and micro-conditions
         self.reads_text = self.has_pooled or transformer.config.add_cross_attention
         self.defaults = TEXT_DEFAULTS if self.reads_text else CLASS_DEFAULTS
@@ -127,7 +129,9 @@ class MusePipeline:
         The latter reads safe_serialization=False only (pytorch_model.bin). Raises ValueError for a
         folder that holds anything but a pipeline saved before.
         """
-        settings = PipelineSettings(self.grid, self.noise_schedule, self.class_names)
+        settings = PipelineSettings(
+            self.grid, self.noise_schedule, self.class_names, self.class_prompt
+        )
         parts = Parts(self.vae, self.transformer, self.text_encoder, settings)
         save_parts(parts, Path(folder), safe_serialization)
 
@@ -190,7 +194,11 @@ class MusePipeline:
         schedule = noise_schedule or ("linear" if is_filled else self.noise_schedule)
         start = self._start(canvas, (height, width), steps, schedule)
         is_guided = guidance_scales(scale, steps, guidance_schedule) is not None
-        negative = as_texts(negative_prompt or "", negative_embeds) if is_guided else None
+        learned = self.transformer.config.null_text_length and not negative_prompt
+        if not is_guided or (learned and negative_embeds is None):
+            negative = None
+        else:
+            negative = as_texts(negative_prompt or "", negative_embeds)
         count, conditions = self._conditions(prompt, class_ids, prompt_embeds, negative, clip_skip)
         how = {
             "micro_conds": self._micro_conds(start.grid, orig_size, crop_coords, aesthetic_score),

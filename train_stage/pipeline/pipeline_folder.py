@@ -15,7 +15,7 @@ import math
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -25,6 +25,7 @@ from storage.pretrained import CONFIG_NAME, find_model
 from storage.schema import Tokenizer
 from tokenize_stage.text.text_encoder import TextEncoder
 from train_stage import pictures
+from train_stage.conditioning.prompt_encoder import PromptEncoder
 from train_stage.models.load_transformer import Transformer, load_transformer
 from train_stage.models.uvit import MaskGiTUViT
 from train_stage.training.checkpoint import CODES
@@ -43,6 +44,8 @@ class PipelineSettings:
     """How many codes stay hidden at each step."""
     class_names: list[str] = field(default_factory=list)
     """A name for each class id, where they are known."""
+    class_prompt: str | None = None
+    """What makes a prompt of a class's name, for models trained on those."""
 
 
 class Parts(NamedTuple):
@@ -50,7 +53,7 @@ class Parts(NamedTuple):
 
     vae: pictures.VQModel
     transformer: Transformer
-    text_encoder: TextEncoder | None
+    text_encoder: TextEncoder | PromptEncoder | None
     settings: PipelineSettings
 
 
@@ -107,9 +110,33 @@ def open_model(
     vae = pictures.load_vq(vq_model or tokenizer.name, "cpu")  # type: ignore[union-attr]
     if tokenizer is not None:
         pictures.check_tokenizer(vae, tokenizer)
-    settings = PipelineSettings(class_names=codes["class_names"] if codes else [])
+    condition = (codes or {}).get("condition")
+    settings = PipelineSettings(
+        tuple(tokenizer.grid) if tokenizer is not None else None,  # type: ignore[arg-type]
+        class_names=codes["class_names"] if codes else [],
+        class_prompt=condition["class_prompt"] if condition else None,
+    )
+    if condition:
+        return Parts(
+            vae, transformer, open_encoders(condition, transformer, text_encoder), settings
+        )
     encoder = TextEncoder.from_pretrained(text_encoder) if text_encoder is not None else None
     return Parts(vae, transformer, encoder, settings)
+
+
+def open_encoders(
+    condition: dict[str, Any], transformer: Transformer, override: str | Path | None
+) -> PromptEncoder:
+    """The text encoders that codes.json names. Raises ValueError where one stands for several."""
+    records = condition["text_encoders"]
+    if override is not None and len(records) > 1:
+        raise ValueError(
+            f"text_encoder={override}: the model reads {len(records)}, {', '.join(records)}; edit "
+            f"their places in {CODES}"
+        )
+    if override is not None:
+        records = {name: record | {"pretrained": str(override)} for name, record in records.items()}
+    return PromptEncoder.from_records(records, isinstance(transformer, MaskGiTUViT))
 
 
 def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenize_stage.text.text_encoder import TextEncoder, TextStates
 from train_stage import pictures
+from train_stage.conditioning.prompt_encoder import PromptEncoder
 from train_stage.objective.mask_schedule import get_mask_schedule
 from train_stage.sampling.generation import add_mask_noise
 
@@ -24,6 +25,11 @@ Embeddings = TextStates | tuple[Tensor, Tensor | None]  # states (P, S, W), pool
 Texts = list[str] | Embeddings
 Temperature = float | tuple[float, float]
 Conditions = Callable[[Tensor], dict[str, Any]]  # numbers (B,) of prompts -> keywords of generate
+
+
+# of the fields of TextStates, as generate calls them
+NAMES = ("encoder_hidden_states", "cond_embeds", "encoder_attention_mask")
+NEGATIVE_NAMES = ("negative_embeds", "negative_cond_embeds", "negative_attention_mask")
 
 
 class Defaults(NamedTuple):
@@ -79,7 +85,7 @@ class Start(NamedTuple):
 
 
 def text_conditions(
-    encoder: TextEncoder | None,
+    encoder: TextEncoder | PromptEncoder | None,
     texts: Texts,
     negative: Texts | None,
     has_pooled: bool,
@@ -88,32 +94,40 @@ def text_conditions(
 ) -> Conditions:
     """The keywords for any of the texts, which are encoded when they are asked for.
 
-    negative: one, or one for each text; None without guidance. Tensors get the device and dtype of
-    `like`. Raises ValueError as check_texts does, and where a pooled text is missing.
+    negative: one, or one for each text; None without guidance, and for the model's learned text.
+    Tensors get the device and dtype of `like`. A TextEncoder's padding is not hidden, as published.
+    Raises ValueError as check_texts does, and where a pooled text is missing.
     """
     check_texts(encoder, texts, negative)
 
-    def embed(texts: Texts, which: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed(texts: Texts, which: Tensor) -> TextStates:
+        mask = None
         if isinstance(texts, list):
             wanted, which = which.unique(return_inverse=True)
             texts = encoder.encode([texts[i] for i in wanted], has_pooled, clip_skip)  # type: ignore[union-attr]
+            mask = texts.attention_mask if isinstance(encoder, PromptEncoder) else None
         states, pooled = texts[0], texts[1]
         if has_pooled and pooled is None:
             raise ValueError("this model reads pooled text, too: give (states, pooled)")
-        return states.to(like)[which], pooled.to(like)[which] if has_pooled else None  # type: ignore[union-attr]
+        return TextStates(
+            states.to(like)[which],
+            pooled.to(like)[which] if has_pooled else None,  # type: ignore[union-attr]
+            None if mask is None else mask.to(like.device)[which],
+        )
 
     def keywords(which: Tensor) -> dict[str, Any]:
-        states, pooled = embed(texts, which)
-        given = {"encoder_hidden_states": states, "cond_embeds": pooled}
+        given = dict(zip(NAMES, embed(texts, which), strict=True))
         if negative is not None:
-            states, pooled = embed(negative, which if count_texts(negative) > 1 else which * 0)
-            given |= {"negative_embeds": states, "negative_cond_embeds": pooled}
+            other = embed(negative, which if count_texts(negative) > 1 else which * 0)
+            given |= dict(zip(NEGATIVE_NAMES, other, strict=True))
         return given
 
     return keywords
 
 
-def check_texts(encoder: TextEncoder | None, texts: Texts, negative: Texts | None) -> None:
+def check_texts(
+    encoder: TextEncoder | PromptEncoder | None, texts: Texts, negative: Texts | None
+) -> None:
     """Raises ValueError for texts without an encoder and for counts that do not fit.
 
     Warns of prompts that are too long to be read to their end.

@@ -1,0 +1,28 @@
+"""Micro-conditions of rows: what a U-ViT is told about an image (step 7; Podell et al. 2023).
+
+Five numbers, as open-muse has them: width and height of the original, where the crop begins (top,
+left; in pixels after resizing), and the aesthetic score. b rows.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+SIZES = ("original_width", "original_height", "crop_top", "crop_left", "crop_height")
+SCORE = "aesthetic_score"
+
+
+def micro_conditions(
+    columns: Mapping[str, Tensor], resolution: int, default_score: float
+) -> Tensor:
+    """Columns (b,) of SIZES, and SCORE where the store has it -> (b, 5) float32.
+
+    resolution: the side that crop_height was resized to. Rows without a score (NaN, or no column)
+    are told default_score.
+    """
+    width, height, top, left, side = (columns[name].float() for name in SIZES)
+    scale = resolution / side
+    score = columns.get(SCORE, torch.full_like(width, torch.nan)).float()
+    score = torch.where(score.isnan(), default_score, score)
+    return torch.stack([width, height, top * scale, left * scale, score], dim=1)
