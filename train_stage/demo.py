@@ -8,21 +8,24 @@ runs/demo below the current folder. Interrupted and started again it goes on whe
 """
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
 
-import configs
 from configs.load import load_command_config
 from storage.atomic import atomic_file
 from storage.reader import TokenStore
 from storage.stats import store_sizes
-from train_stage.demos.demo_parts import Part, Progress, run_parts
+from train_stage.demos.demo_parts import (
+    Part,
+    Progress,
+    find_config,
+    finish,
+    run_parts,
+    show_pictures,
+)
 
 RUN = Path("runs/demo")
 
@@ -54,24 +57,17 @@ class DemoConfig:
 def main(argv: list[str] | None = None) -> int:
     """Runs what is not yet done of the demo; returns the exit status."""
     config = load_command_config(DemoConfig, argv, __doc__ or "")
-    try:
-        progress = run_parts(plan_parts(config), RUN)
-        summary = summarize(progress)
-    except subprocess.CalledProcessError as error:
-        print(f"error: {error.cmd}: exit status {error.returncode}, see above", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, SystemExit):
-        print("\nstopped: run the same command again, it goes on from here")
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return finish(lambda: run_demo(config))
+
+
+def run_demo(config: DemoConfig) -> None:
+    """All parts, then what they came to."""
+    summary = summarize(run_parts(plan_parts(config), RUN))
     with atomic_file(RUN / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
     print(describe(summary))
     if config.open_pictures:
         show_pictures([RUN / "generated/grid.png", RUN / "evaluation/generated_vs_real.png"])
-    return 0
 
 
 def plan_parts(config: DemoConfig) -> list[Part]:
@@ -97,11 +93,8 @@ def plan_parts(config: DemoConfig) -> list[Part]:
 
 
 def yaml(command: str) -> str:
-    """config=… of a command: from the current folder (a clone), else from the installation."""
-    path = Path("configs", command, "fashion_mnist.yaml")
-    if not path.is_file():
-        path = Path(str(configs.__file__)).parent / command / "fashion_mnist.yaml"
-    return f"config={path}"
+    """config=… of a command."""
+    return find_config(command, "fashion_mnist")
 
 
 def summarize(progress: Progress) -> dict[str, Any]:
@@ -165,16 +158,6 @@ def describe(summary: dict[str, Any]) -> str:
         "All numbers: runs/demo/summary.json",
     ]
     return "\n".join(lines)
-
-
-def show_pictures(paths: list[Path]) -> None:
-    """Opens pictures with the desktop's viewer, where there is a desktop."""
-    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if not has_display or not shutil.which("xdg-open"):
-        return
-    for path in paths:
-        quiet = subprocess.DEVNULL
-        subprocess.Popen(["xdg-open", str(path)], stdout=quiet, stderr=quiet)
 
 
 if __name__ == "__main__":

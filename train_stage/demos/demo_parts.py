@@ -2,7 +2,8 @@
 
 FOLDER/progress.json keeps, for each part, a fingerprint of its commands and configs, its seconds
 over all starts, and whether it is done. What a command had done of an unfinished part is its own
-matter: ours go on where they stopped, but for those that start over. Used by demo.py.
+matter: ours go on where they stopped, but for those that start over. Used by demo.py and
+demo_text.py.
 """
 
 import fcntl
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import configs
 from storage.atomic import atomic_file
 from storage.fingerprint import fingerprint
 
@@ -142,6 +144,40 @@ def run_command(words: list[str], tick: Callable[[], None], lock: int) -> None:
         raise
     if child.returncode != 0:
         raise subprocess.CalledProcessError(child.returncode, shlex.join(words))
+
+
+def find_config(command: str, name: str) -> str:
+    """config=… of a command: from the current folder (a clone), else from the installation."""
+    path = Path("configs", command, f"{name}.yaml")
+    if not path.is_file():
+        path = Path(str(configs.__file__)).parent / command / f"{name}.yaml"
+    return f"config={path}"
+
+
+def show_pictures(paths: list[Path]) -> None:
+    """Opens pictures with the desktop's viewer, where there is a desktop."""
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not has_display or not shutil.which("xdg-open"):
+        return
+    for path in paths:
+        quiet = subprocess.DEVNULL
+        subprocess.Popen(["xdg-open", str(path)], stdout=quiet, stderr=quiet)
+
+
+def finish(run: Callable[[], None]) -> int:
+    """Runs a demo; returns its exit status, with one line for what went wrong."""
+    try:
+        run()
+    except subprocess.CalledProcessError as error:
+        print(f"error: {error.cmd}: exit status {error.returncode}, see above", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, SystemExit):
+        print("\nstopped: run the same command again, it goes on from here")
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def find_script(name: str) -> str:
