@@ -1,14 +1,36 @@
-"""What a run says: console lines, metrics.jsonl, and trackers when asked for."""
+"""What a run says: console lines, metrics.jsonl, and trackers when asked for.
+
+A line of metrics.jsonl: {"step", "time" (seconds since 1970), and what metrics.py names}; those of
+validation have "eval_…" names only.
+"""
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
 from tqdm import tqdm
+
+from train_stage.reporting.history import METRICS
+
+CONSOLE: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"loss {value:.4f}",
+    "accuracy": lambda value: f"accuracy {value:.1%}",
+    "eval_loss": lambda value: f"eval loss {value:.4f}",
+    "eval_loss_ema": lambda value: f"averaged {value:.4f}",
+    "learning_rate": lambda value: f"lr {value:.3g}",
+    "grad_norm": lambda value: f"gradient {value:.3g}",
+    "images_per_s": lambda value: f"{_count(value)} images/s",
+    "tokens_per_s": lambda value: f"{_count(value)} tokens/s",
+    "mfu": lambda value: f"MFU {value:.1%}",
+    "data_wait": lambda value: f"data wait {value:.1%}",
+    "peak_memory_gb": lambda value: f"{value:.3g} GB",
+}
 
 
 class Tracker(Protocol):
@@ -24,7 +46,7 @@ class RunLog:
     """
 
     def __init__(self, run: Path, step: int, total: int, tracker: Tracker):
-        self.path, self.total, self.tracker = run / "metrics.jsonl", total, tracker
+        self.path, self.total, self.tracker = run / METRICS, total, tracker
         kept = []
         if self.path.is_file():
             lines = self.path.read_text().splitlines()
@@ -44,12 +66,10 @@ class RunLog:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """One log step: to the file, the trackers and, the main numbers, the console."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = {"step": step, "time": round(time.time(), 1), **metrics}
+        self._file.write(json.dumps(line) + "\n")
         self.tracker.log(metrics, step)
-        main = ("loss", "accuracy", "eval_loss", "learning_rate", "grad_norm", "images_per_s")
-        words = [f"{key} {_short(metrics[key])}" for key in main if key in metrics]
-        if "data_wait" in metrics:
-            words.append(f"data wait {metrics['data_wait']:.1%}")
+        words = [say(metrics[key]) for key, say in CONSOLE.items() if key in metrics]
         self.say(f"step {step}/{self.total}  {'  '.join(words)}  left {self._left(step)}")
 
     def say(self, text: str) -> None:
@@ -81,5 +101,7 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1e-2 or abs(value) >= 1e4 else f"{value:.4g}"
+def _count(value: float) -> str:
+    """1234567 as 1.23 M."""
+    thousands = min(3, int(math.log10(max(1.0, value))) // 3)
+    return f"{value / 1000**thousands:.3g}{('', ' k', ' M', ' G')[thousands]}"

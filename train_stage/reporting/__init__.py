@@ -1,0 +1,1 @@
+"""What `muse-train report` reads, judges and draws."""
