@@ -1,245 +1,84 @@
-"""Rows a second of the loader beside other loaders and the machine's limits, in one table.
+"""Stage two beside other ways and the machine's limits, in tables: loader, models, loss, training.
 
-    pip install -e '.[bench]' && python -m train_stage.bench [--only WORD ...] [--json FILE]
+    python -m train_stage.bench [loader] [models] [loss] [training] [--device cuda] [--compile]
+    python -m train_stage.bench training --reference open-muse     # a checkout of that repository
 
-Batches of 256 shuffled rows of 256 codes with their labels, page cache warm, one torch thread.
-Before a way is timed, an epoch of a small set must bring every row once with its own label.
+Without names all parts are run. Ways are timed in turns in one process or, where memory is told,
+in processes of their own. loader: rows a second beside other loaders (pip install -e '.[bench]').
+models: forward, training step and sampling beside diffusers. loss: logits of all codes, or of those
+that count. training: from the store beside encoding in the loop, beside the reference's step, MFU.
 """
 
 import argparse
-import json
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from functools import partial
-from importlib.metadata import packages_distributions, version
-from math import nan
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import numpy as np
+import torch
 
-from storage.reader import TokenStore
-from storage.schema import ArrayColumn, StoreMeta, Tokenizer
-from storage.writer import ShardWriter, create_store
-from train_stage.benchmarks.limits import BATCH, Pair, memory_copy_gb_s, native_gather, numpy_take
-from train_stage.benchmarks.measure import (
-    CODEBOOK,
-    CODES,
-    EPOCHS,
-    REPETITIONS,
-    Result,
-    Way,
-    Writer,
-    in_child,
-    measure_all,
-    memory_growth_mb,
-)
-from train_stage.benchmarks.peers import PEERS, SHARDS, WRITERS, pieces
-from train_stage.loading.loader import TokenLoader
-from train_stage.loading.store_stream import Reading
+from train_stage.benchmarks.bench_loader import bench_loader
+from train_stage.benchmarks.bench_loss import bench_loss
+from train_stage.benchmarks.bench_models import bench_models
+from train_stage.benchmarks.bench_training import bench_training
+from train_stage.training.devices import pick_device
 
-
-def write_store(folder: Path, codes: np.ndarray, labels: np.ndarray, backend: str) -> None:
-    """A store of SHARDS shards."""
-    tokenizer = Tokenizer("none", "none", CODEBOOK, [1, codes.shape[1]], "0" * 64)
-    arrays = {"codes": ArrayColumn("uint16", [codes.shape[1]])}
-    meta = StoreMeta(256, arrays, {"codes": tokenizer}, backend=backend)  # type: ignore[arg-type]
-    create_store(folder, meta)
-    for shard, (some, classes) in enumerate(pieces(codes, labels, SHARDS)):
-        with ShardWriter(folder, f"{shard:05d}", source="random") as writer:
-            keys = [f"{shard:03d}{row:010d}" for row in range(len(some))]
-            writer.add({"codes": some, "key": keys, "class_id": classes})
-
-
-def token_loader(folder: Path, reading: Reading, narrow: bool) -> Iterator[Pair]:
-    """Ours."""
-    for batch in TokenLoader(TokenStore(folder), BATCH, reading=reading, narrow=narrow):
-        yield batch.codes, batch.class_ids
-
-
-def our_way(backend: str, reading: Reading, narrow: bool) -> Way:
-    """TokenLoader in one of its settings."""
-    read = partial(token_loader, reading=reading, narrow=narrow)
-    settings = f"preload {reading.preload}, {reading.shuffle}, {dtype_name(narrow)}"
-    return Way(f"TokenLoader {backend}, {settings}", backend, read, "yes", narrow=narrow)
-
-
-def dtype_name(narrow: bool) -> str:
-    """What a batch's codes are."""
-    return "uint16" if narrow else "int64"
-
-
-STORES: dict[str, Writer] = {
-    backend: partial(write_store, backend=backend) for backend in ("zarr", "arrow")
+PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "loader": bench_loader,
+    "models": bench_models,
+    "loss": bench_loss,
+    "training": bench_training,
 }
-RAM = Reading(preload="ram")
-IN_PLACE = Reading(preload="none")
-WINDOW = Reading(shuffle="window", window_chunks=64, preload="none")
-LIMITS = [
-    Way(f"{name}, {dtype_name(narrow)}", "raw", partial(read, narrow=narrow), "-", narrow=narrow)
-    for name, read in (("native gather in C", native_gather), ("np.take", numpy_take))
-    for narrow in (False, True)
-]
-OURS = [
-    our_way(backend, reading, narrow)
-    for backend, readings in (("zarr", [RAM, WINDOW]), ("arrow", [RAM, IN_PLACE, WINDOW]))
-    for reading in readings
-    for narrow in (False, True)
-]
-NATIVE = [way.name for way in LIMITS[:2]]  # int64, uint16
-BEST = [way.name for way in OURS[:2]]  # zarr, preload ram, full shuffle
-PEER_TARGETS = [("torchdata", False, 3.0)] + [
-    (module, narrow, 50.0)
-    for module in ("litdata", "streaming", "datasets", "webdataset")
-    for narrow in (False, True)
-]
-FLAT_MB = 8.0  # growth that counts as none
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the sets, checks and times every way, prints the table and the targets."""
+    """Runs the parts, each printing its tables; returns 2 for options that cannot be followed."""
     options = parse(arguments)
-    ways = [way for way in LIMITS + OURS + PEERS if is_chosen(way, options.only)]
-    with tempfile.TemporaryDirectory() as folder:
-        writers = {**WRITERS, **STORES}
-        results = measure_all(ways, writers, Path(folder), options.rows, options.seconds)
-        ours = measure_ours(results, Path(folder, "full"), options.rows)
-    rates = {each.way.name: median(each.rows_per_s) for each in results if each.rows_per_s}
-    tables = [*table(results, rates), "", *targets(results, rates, ours)]
-    print("\n".join([*heading(options, ours), "", *tables]))
-    if options.json:
-        numbers = [{**vars(result), "way": result.way.name} for result in results]
-        record = {"rows": options.rows, **ours, "ways": numbers}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        for name in options.parts or PARTS:
+            PARTS[name](options)
+            print(flush=True)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m train_stage.bench", description=__doc__)
-    parser.add_argument("--rows", type=int, default=500_000)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each of 3 repetitions")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="ways so named")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
-    return parser.parse_args(arguments)
-
-
-def is_chosen(way: Way, words: list[str]) -> bool:
-    """Whether the way's name has one of the words, or there are none."""
-    return not words or any(word.lower() in way.name.lower() for word in words)
-
-
-def measure_ours(results: list[Result], full: Path, rows: int) -> dict[str, Any]:
-    """The machine's copying speed, and what is asked of our loader beside its rate."""
-    growth = {}
-    for way in (result.way for result in results if result.rows_per_s):
-        if way in OURS and not way.narrow:
-            growth[way.name] = in_child(memory_growth_mb, way, full / way.form, rows)
-            print(f"{way.name}: {growth[way.name]:.1f} MB in {EPOCHS} epochs", file=sys.stderr)
-    numbers = {"memory_copy_gb_s": in_child(memory_copy_gb_s), "memory_growth_mb": growth}
-    if (full / "zarr").exists():
-        numbers["zarr_decode_gb_s"] = in_child(decode_gb_s, full / "zarr")
-    return numbers
-
-
-def decode_gb_s(folder: Path) -> float:
-    """GB of uint16 read from a store into memory in use, per second of processor time; checked."""
-    rates, codes = [], TokenStore(folder).read_codes(slice(None))
-    for _ in range(REPETITIONS):
-        store, started = TokenStore(folder), time.process_time()
-        store.read_codes(slice(None), out=codes)
-        rates.append(codes.nbytes / (time.process_time() - started) / 1e9)
-    return median(rates)
-
-
-def heading(options: argparse.Namespace, ours: dict[str, Any]) -> list[str]:
-    """What was measured, how, and against which versions."""
-    owners = packages_distributions()
-    modules = sorted({way.module for way in PEERS} & set(owners))
-    versions = [f"{owners[module][0]} {version(owners[module][0])}" for module in modules]
-    return [
-        f"{options.rows:,} rows of {CODES} codes below {CODEBOOK} with a class (webdataset: at "
-        f"most 100,000), batches of {BATCH}, page cache warm, one torch thread; median (least-most)"
-        f" of {REPETITIONS} processes of {options.seconds:g} s; memory is the main process's, over "
-        'its imports; "by offset": exact if the user\'s code keeps its place in a permutation.',
-        f"Memory copy {ours['memory_copy_gb_s']:.1f} GB/s; {', '.join(versions)}.",
-    ]
-
-
-def table(results: list[Result], rates: dict[str, float]) -> list[str]:
-    """Markdown, a line a way; shares and ratios compare int64 with int64, uint16 with uint16."""
-    columns = "way|rows/s|of native gather|ours is|first batch s|peak MB|bytes a row|exact resume"
-    lines = [f"| {columns.replace('|', ' | ')} |", "| --- " * 8 + "|"]
-    for result in results:
-        name, narrow = result.way.name, result.way.narrow
-        if result.problem:
-            lines.append(f"| {name} | {result.problem[:100]} | | | | | | {result.way.resume} |")
-            continue
-        low, high = short(min(result.rows_per_s)), short(max(result.rows_per_s))
-        share, ours = ratio(rates, name, NATIVE[narrow]), ratio(rates, BEST[narrow], name)
-        lines.append(
-            f"| {name} | {short(rates[name])} ({low}-{high}) | {share:.1%} | {ours:,.1f}× "
-            f"| {median(result.first_batch_s):.3f} | {max(result.peak_mb):.0f} "
-            f"| {result.bytes_per_row:.0f} | {result.way.resume} |"
-        )
-    return lines
-
-
-def short(rate: float) -> str:
-    """7.71 M, 146 k or 9.2 k."""
-    if rate >= 1e6:
-        return f"{rate / 1e6:.2f} M"
-    return f"{rate / 1e3:.0f} k" if rate >= 1e5 else f"{rate / 1e3:.1f} k"
-
-
-def ratio(rates: dict[str, float], name: str, other: str) -> float:
-    """Of two rates; nan unless both were measured."""
-    return rates.get(name, nan) / rates.get(other, nan)
-
-
-def targets(results: list[Result], rates: dict[str, float], ours: dict[str, Any]) -> list[str]:
-    """What the loader has to reach, and whether it does: Markdown; nan was not measured."""
-    of_ours = [result for result in results if result.way in OURS and result.rows_per_s]
-    window = [rates[each.way.name] / 1e6 for each in of_ours if "window" in each.way.name]
-    first = [median(each.first_batch_s) for each in of_ours]
-    growth = ours["memory_growth_mb"].values()
-    return [
-        "| target | asked | measured | |",
-        "| --- " * 4 + "|",
-        *(
-            at_least(f"of a native gather, {dtype_name(narrow)}", ratio(rates, mine, native), 0.7)
-            for narrow, mine, native in zip((False, True), BEST, NATIVE, strict=True)
-        ),
-        *(
-            at_least(f"times {module}, {dtype_name(narrow)}", times_peer(rates, module, narrow), n)
-            for module, narrow, n in PEER_TARGETS
-        ),
-        at_least("M rows/s by windows, the slowest of ours", min(window, default=nan), 2.0),
-        at_least(
-            "GB/s of uint16 decoded from zarr by a core", ours.get("zarr_decode_gb_s", nan), 1.0
-        ),
-        at_most("s to the first batch, the slowest of ours", max(first, default=nan), 0.3),
-        at_most(f"MB more in epoch {EPOCHS} than in epoch 1", max(growth, default=nan), FLAT_MB),
-    ]
-
-
-def times_peer(rates: dict[str, float], module: str, narrow: bool) -> float:
-    """Ours over the fastest way of that library."""
-    peers = [rates[way.name] for way in PEERS if way.module == module and way.name in rates]
-    return rates.get(BEST[narrow], nan) / max(peers, default=nan)
-
-
-def at_least(what: str, value: float, limit: float) -> str:
-    """A line of the targets."""
-    return f"| {what} | ≥ {limit:g} | {value:.2f} | {'pass' if value >= limit else 'FAIL'} |"
-
-
-def at_most(what: str, value: float, limit: float) -> str:
-    """A line of the targets."""
-    return f"| {what} | < {limit:g} | {value:.2f} | {'pass' if value < limit else 'FAIL'} |"
+    parser = argparse.ArgumentParser(
+        prog="python -m train_stage.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    add("--only", nargs="+", default=[], metavar="WORD", help="ways or tables so named")
+    add("--device", default="auto", help="of all parts but loader: auto, cpu, cuda")
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of products; in training by autocast",
+    )
+    add("--compile", action="store_true", help="time torch.compile, too")
+    add("--batch", type=int, help="images of a training step; 4, loss: 8, training on a GPU: 64")
+    add("--images", type=int, default=1, help="models: images of a forward or sampling call")
+    add("--rounds", type=int, default=3, help="timed, after one that is not")
+    add("--size", help="training: of the models, instead of each table's own; models/sizes.py")
+    add("--reference", type=Path, metavar="FOLDER", help="training: a checkout of open-muse")
+    add("--rows", type=int, default=500_000, help="loader: of the set")
+    add("--seconds", type=float, default=1.0, help="loader: of each of 3 repetitions")
+    add("--json", type=Path, metavar="FILE", help="loader: write every number there too")
+    options = parser.parse_args(arguments)
+    for name in options.parts:
+        if name not in PARTS:
+            parser.error(f"no part {name!r}; there are {', '.join(PARTS)}")
+    try:
+        pick_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    options.torch_dtype = getattr(torch, options.dtype)
+    return options
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the loss costs in training: logits of all codes, of scored ones, and of those in chunks.
 
-    python -m train_stage.benchmarks.bench_loss [--batch 8] [--rounds 3] [--dtype bfloat16]
+    python -m train_stage.bench loss [--batch 8] [--rounds 3] [--dtype bfloat16]
 
 A training step (AdamW) of the published ImageNet configuration, 230 M parameters, and the head of
 aMUSEd-256 alone, 8,192 outputs, forward and backward. Random weights, codes and masks; every line
@@ -31,31 +31,26 @@ from train_stage.training.devices import pick_device
 
 PARTS = ["ImageNet step", "aMUSEd-256 head"]
 WAYS = ["all logits", "scored codes", "scored codes in chunks"]
-CODES = 256
+CODES, BATCH = 256, 8
 
 
-def main(argv: list[str] | None = None) -> int:
+def bench_loss(options: argparse.Namespace) -> None:
     """Prints one table a part."""
-    parser = argparse.ArgumentParser(prog="python -m train_stage.benchmarks.bench_loss")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps, after one that is not")
-    parser.add_argument("--only", choices=PARTS)
-    options = parser.parse_args(argv)
+    options.batch = options.batch or BATCH
     print(f"{options.batch} images of {CODES} codes, {options.dtype}, torch {torch.__version__}")
-    for part in [options.only] if options.only else PARTS:
+    for part in PARTS:
+        if options.only and not any(word in part for word in options.only):
+            continue
         print(f"\n{part}\n\n| way | ms | peak MiB |\n| --- | --- | --- |")
         for way in WAYS:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 found = process.submit(measure, part, way, options).result()
             print("| {} | {:,.0f} | {:,.0f} |".format(way, *found), flush=True)
-    return 0
 
 
 def measure(part: str, way: str, options: argparse.Namespace) -> tuple[float, float]:
     """Milliseconds a step (median) and the process's most memory, MiB (a GPU's own, on one)."""
-    device, dtype = pick_device(options.device), getattr(torch, options.dtype)
+    device, dtype = pick_device(options.device), options.torch_dtype
     torch.manual_seed(0)
     model, trunk, codes = make_part(part, options.batch, device)
     draw = draw_mask(options.batch, CODES, get_mask_schedule("cosine"), torch.Generator())
@@ -121,7 +116,3 @@ def synchronize(device: torch.device) -> None:
     """Waits for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

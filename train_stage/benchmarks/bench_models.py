@@ -1,6 +1,6 @@
 """The transformers at full size beside diffusers' aMUSEd: forward, training step, sampling.
 
-    python -m train_stage.benchmarks.bench_models [--dtype bfloat16] [--compile]
+    python -m train_stage.bench models [--dtype bfloat16] [--compile]
 
 aMUSEd-256 with random weights, the same on both sides, in one process; and the ImageNet
 configuration, which diffusers does not have, beside its plain way (logits of every position). A
@@ -9,7 +9,6 @@ training step is forward, loss, backward and AdamW; sampling is 12 steps with gu
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -40,12 +39,12 @@ IMAGENET = {  # the published class-conditional configuration, 24 layers of widt
     "num_classes": 1000,
 }
 STEPS, GUIDANCE, CODES = 12, 10.0, 256
+TRAIN_BATCH = 4  # images
 
 
-def main(argv: list[str] | None = None) -> int:
+def bench_models(options: argparse.Namespace) -> None:
     """Prints one table a part."""
-    options = parse(argv)
-    device, dtype = pick_device(options.device), getattr(torch, options.dtype)
+    device, dtype = pick_device(options.device), options.torch_dtype
     speed = matmul_tflops(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.dtype}")
@@ -59,26 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         del ways
         gc.collect()
         torch._dynamo.reset()
-    return 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Options of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train_stage.benchmarks.bench_models",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--images", type=int, default=1, help="images a forward or sampling call")
-    parser.add_argument("--train-batch", type=int, default=4, help="images a training step")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--compile", action="store_true", help="also time torch.compile, both sides"
-    )
-    parser.add_argument("--only", nargs="*", help=f"parts with these words: {', '.join(PARTS)}")
-    return parser.parse_args(argv)
 
 
 def amused_forward(device: torch.device, dtype: torch.dtype, options: Any) -> tuple:
@@ -107,7 +86,7 @@ def amused_forward(device: torch.device, dtype: torch.dtype, options: Any) -> tu
 def amused_training(device: torch.device, dtype: torch.dtype, options: Any) -> tuple:
     """A step on masked codes; below float32 by autocast over float32 weights."""
     ours, theirs = amused_pair(device, torch.float32)
-    rows = options.train_batch
+    rows = options.batch or TRAIN_BATCH
     condition = amused_condition(rows, device, torch.float32)
     ids, labels = masked_batch(rows, 8255, 8192, device)
     text, pooled, micro = condition.values()
@@ -206,7 +185,7 @@ def imagenet_forward(device: torch.device, dtype: torch.dtype, options: Any) -> 
 def imagenet_training(device: torch.device, dtype: torch.dtype, options: Any) -> tuple:
     """A step with the loss of all logits, and with those of the scored codes only."""
     model = MaskGitTransformer(**IMAGENET).to(device)
-    ids, labels = masked_batch(options.train_batch, model.mask_token_id, 1024, device)
+    ids, labels = masked_batch((options.batch or TRAIN_BATCH), model.mask_token_id, 1024, device)
     token = class_tokens(labels.new_zeros(len(ids)), labels.new_zeros(len(ids)).bool(), 1024, 2047)
     ids, labels = prepend_token(ids, labels, token)
     step = partial(training_step, model, device=device, dtype=dtype)
@@ -221,7 +200,7 @@ def imagenet_training(device: torch.device, dtype: torch.dtype, options: Any) ->
         ways["ours, layers compiled"] = training_step(
             fast, lambda: fast.loss(ids, labels), device, dtype
         )
-    return options.train_batch, ways
+    return (options.batch or TRAIN_BATCH), ways
 
 
 def imagenet_sampling(device: torch.device, dtype: torch.dtype, options: Any) -> tuple:
@@ -339,7 +318,3 @@ def no_grad(ways: dict[str, Way]) -> dict[str, Way]:
 def vq_scale(vq: Any) -> int:
     """Pixels along a side of a code."""
     return 2 ** (len(vq.config.block_out_channels) - 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -82,7 +82,7 @@ def gather(
     shape: tuple[int, ...],
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rows (rows, *shape) that begin at index (rows or more,) int64 of a flat array.
+    """Rows (rows, *shape) that begin at index (rows or more,) int64 of a flat unsigned array.
 
     What index has beyond `rows` will be wanted next. out: filled and returned, where given. One
     thread: more of them only wait for each other here.

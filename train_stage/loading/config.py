@@ -43,6 +43,9 @@ class DatasetConfig:
     preload: Preload = "auto"
     """Where the codes are kept: ram, gpu, or none (mapped from a local arrow store, or through
     windows); auto: none where that is as fast, else ram. The order does not depend on it."""
+    states_gb: float = 16.0
+    """Text states that a process may hold in memory: all of them under shuffle=full, three windows
+    under shuffle=window."""
     cache_gb: float = 10.0
     """How much of remote stores the local disk keeps ($MUSE_CACHE_DIR); 0 keeps nothing."""
     accept_changes: bool = False
@@ -50,6 +53,7 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         check_range("dataset.window_chunks", self.window_chunks, 1)
+        check_range("dataset.states_gb", self.states_gb, 0)
         check_range("dataset.cache_gb", self.cache_gb, 0)
         if self.train_store is not None and self.mixture:
             raise ValueError("dataset.train_store or dataset.mixture, not both")

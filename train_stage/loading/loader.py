@@ -12,7 +12,7 @@ rows_in_place or rows_in_window--> codes
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from storage.reader import TokenStore
 from storage.schema import StoreMismatch
+from train_stage.loading.columns import check_columns
 from train_stage.loading.mixture import Mixture, shares
 from train_stage.loading.store_stream import Plan, Reading, StoreStream
 
@@ -46,6 +47,7 @@ class Batch:
     codes: Tensor  # (b, N) int64 in [0, K); uint16 from a narrow loader
     class_ids: Tensor  # (b,) int64, -1 where the store has none
     sources: np.ndarray  # (b,) which store of the mixture
+    columns: dict[str, Tensor] = field(default_factory=dict)  # (b, ...) those that were asked for
 
 
 @dataclass
@@ -79,23 +81,27 @@ class TokenLoader:
         narrow: bool = False,
         device: torch.device | None = None,
         quiet: bool = True,
+        columns: Sequence[str] = (),
     ):
         """filter, max_rows: as in StoreStream, for a single store; narrow: codes as uint16, to be
-        widened on the device; quiet: no progress bar while codes are loaded.
+        widened on the device; quiet: no progress bar while codes are loaded; columns: of the
+        stores, for Batch.columns: arrays as they are stored, numbers (b,) as float32 with NaN for
+        null, text_states_NAME (b, S, W) float16 with text_length_NAME (b,) int64.
 
         Raises ValueError for an empty store, a batch that the processes cannot share equally, or
-        stores (StoreMismatch) that do not hold the same kind of codes.
+        stores (StoreMismatch) that do not hold the same kind of codes or lack a column.
         """
         check_divides(global_batch_size, world_size)
         sources = [Source(stores, filter=filter)] if isinstance(stores, TokenStore) else stores
         reading = reading or Reading()
         check_alike([source.store for source in sources], reading.column)
+        self.columns = check_columns([source.store for source in sources], columns)
         if len(sources) > 1 and reading.preload == "gpu":
             raise ValueError("preload=gpu takes one store, not a mixture: preload=ram or none do")
         self.global_batch_size, self.seed, self.narrow = global_batch_size, seed, narrow
         self.rank, self.world_size, self.share = rank, world_size, global_batch_size // world_size
         self.streams = [
-            StoreStream(s.store, reading, seed + n, s.filter, max_rows, device, quiet)
+            StoreStream(s.store, reading, seed + n, s.filter, max_rows, device, quiet, self.columns)
             for n, s in enumerate(sources)
         ]
         sizes = [stream.size for stream in self.streams]
@@ -126,11 +132,12 @@ class TokenLoader:
         if planned.ready is not None:  # as little as can be: this is all that a batch costs
             rows, index, class_ids = planned.ready[step - planned.first]
             codes = self._gather(index, self.share, self._scratch)
-            return Batch(step, rows, self._widen(codes), class_ids, self._first_source)
-        part = slice((step - planned.first) * self.share, (step - planned.first + 1) * self.share)
-        rows, codes, ids = self._assemble(planned, part)
-        sources = planned.sources[part]
-        return Batch(step, rows, self._widen(codes), torch.from_numpy(ids), sources)
+            columns = self._take(planned, step) if self.columns else {}
+            return Batch(step, rows, self._widen(codes), class_ids, self._first_source, columns)
+        part = self._part(planned, step)
+        rows, codes, ids, found = self._assemble(planned, part)
+        sources, columns = planned.sources[part], tensors(found)
+        return Batch(step, rows, self._widen(codes), torch.from_numpy(ids), sources, columns)
 
     def epoch(self, step: int) -> float:
         """How many times the rows have been seen before global batch `step`, on average."""
@@ -177,22 +184,37 @@ class TokenLoader:
             ready = list(zip(rows, index, torch.from_numpy(ids).unbind(), strict=True))
         return _Planned(first, end, sources, [(None, plan)], ready)
 
+    def _part(self, planned: _Planned, step: int) -> slice:
+        """Where among what is planned batch number `step` stands."""
+        begin = (step - planned.first) * self.share
+        return slice(begin, begin + self.share)
+
+    def _take(self, planned: _Planned, step: int) -> dict[str, Tensor]:
+        """The columns of a batch of one store without windows."""
+        (_, plan), part = planned.parts[0], self._part(planned, step)
+        return tensors(self.streams[0].take(plan.picks[part]))
+
     def _assemble(
         self, planned: _Planned, part: slice
-    ) -> tuple[np.ndarray, np.ndarray | Tensor, np.ndarray]:
-        """Rows (b,), codes (b, N) and class ids (b,) of a part of what is planned."""
+    ) -> tuple[np.ndarray, np.ndarray | Tensor, np.ndarray, dict[str, np.ndarray]]:
+        """Rows (b,), codes (b, N), class ids (b,) and columns of a part of what is planned."""
         where, plan = planned.parts[0]
         if where is None:
             return plan.rows[part], *self.streams[0].read(plan, part, self._scratch)
         rows, ids = np.empty(self.share, np.int64), np.empty(self.share, np.int64)
         codes = np.empty((self.share, *self._shape), self._dtype)
+        columns: dict[str, np.ndarray] = {}
         for stream, (where, plan) in zip(self.streams, planned.parts, strict=True):
             assert where is not None
             begin, end = np.searchsorted(where, [part.start, part.stop])
             inside, at = slice(int(begin), int(end)), where[begin:end] - part.start
             rows[at] = plan.rows[inside]
-            codes[at], ids[at] = stream.read(plan, inside)
-        return rows, codes, ids
+            codes[at], ids[at], found = stream.read(plan, inside)
+            for name, values in found.items():
+                if name not in columns:
+                    columns[name] = np.empty((self.share, *values.shape[1:]), values.dtype)
+                columns[name][at] = values
+        return rows, codes, ids, columns
 
     def _widen(self, codes: np.ndarray | Tensor) -> Tensor:
         """To what the batch delivers; the narrow form shares memory with nothing of ours."""
@@ -211,6 +233,11 @@ class TokenLoader:
                 for name, value in stream.identity().items()
             },
         }
+
+
+def tensors(columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """The same memory as tensors."""
+    return {name: torch.from_numpy(values) for name, values in columns.items()}
 
 
 def check_divides(global_batch_size: int, parts: int) -> None:

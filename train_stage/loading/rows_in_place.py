@@ -29,7 +29,8 @@ class RowsInPlace:
         full = ends > starts
         first = int(starts[full].min())
         span = (ctypes.c_ubyte * (int(ends[full].max()) - first)).from_address(first)
-        self._flat = np.ctypeslib.as_array(span).view(self.dtype)  # touched only where mapped
+        flat = np.ctypeslib.as_array(span)  # touched only where mapped
+        self._flat = flat.view(f"u{self.dtype.itemsize}")
         begins = (starts - first) // self.dtype.itemsize
         self._before = begins - store.numbers.starts[:-1] * self.width  # as if all came before
         self._unchecked = int(store.numbers.first_chunks[-1])
@@ -45,7 +46,7 @@ class RowsInPlace:
         return disk * self.width + self._before.take(shard)
 
     def gather(self, index: np.ndarray, rows: int, out: np.ndarray | None = None) -> np.ndarray:
-        """The rows at the first offsets: (rows, N), in `out` where given."""
+        """The rows at the first offsets: (rows, N), in `out` where given; bits, as unsigned."""
         return gather(self._flat, index, rows, self.shape, out)
 
     def _check(self, shard: np.ndarray, place: np.ndarray) -> None:

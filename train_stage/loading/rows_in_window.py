@@ -6,13 +6,16 @@ so that every chunk is read and decoded once an epoch, while the window before i
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from storage.reader import TokenStore
+from train_stage.loading.columns import Column, length_of
 from train_stage.loading.compiled_loops import gather
+from train_stage.loading.held_columns import Held, join_rows, read_columns, take_rows
 from train_stage.loading.window_order import Window, WindowOrder
 
 HELD = 3  # windows: the one in use, the next, and the one before, which a batch may straddle
@@ -25,6 +28,7 @@ class Loaded:
 
     flat: np.ndarray  # the codes, (rows · N,)
     class_ids: np.ndarray  # (rows,) int64
+    columns: dict[str, Held]  # the others that are wanted
     buffer: np.ndarray  # what codes are the beginning of
 
 
@@ -38,10 +42,11 @@ class RowsInWindow:
         order: WindowOrder,
         chosen: np.ndarray | None,
         unit_starts: np.ndarray | None,
+        columns: Sequence[Column] = (),
     ):
         """chosen, unit_starts: as in StoreStream; None where picks are rows, units are picks."""
         self.store, self.column, self.order = store, column, order
-        self.chosen, self.unit_starts = chosen, unit_starts
+        self.chosen, self.unit_starts, self.columns = chosen, unit_starts, columns
         self._free: list[np.ndarray] = []
         self._now: Window | None = None
         self._held: OrderedDict[int, Future[Loaded]] = OrderedDict()  # by first place
@@ -63,12 +68,13 @@ class RowsInWindow:
 
     def read(
         self, places: np.ndarray, index: np.ndarray, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (n, N), in `out` where given, and class ids (n,) int64 of what stands at `places`
-        (ascending) of the stream."""
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Codes (n, N), in `out` where given, class ids (n,) int64 and the columns of what stands
+        at `places` (ascending) of the stream."""
         spec = self.store.meta.arrays[self.column]
         codes = np.empty((len(index), *spec.shape), spec.dtype) if out is None else out
         class_ids = np.empty(len(index), np.int64)
+        parts = []
         begin, width = 0, math.prod(spec.shape)
         while begin < len(places):
             window = self._enter(int(places[begin]))
@@ -79,8 +85,9 @@ class RowsInWindow:
             inside = index[begin:end] * width
             gather(loaded.flat, inside, len(inside), codes.shape[1:], codes[begin:end])
             np.take(loaded.class_ids, index[begin:end], out=class_ids[begin:end], mode="clip")
+            parts.append(take_rows(loaded.columns, index[begin:end]))
             begin = end
-        return codes, class_ids
+        return codes, class_ids, join_rows(parts)
 
     def _enter(self, place: int) -> Window:
         """The window that a place lies in; the one after it is requested, too."""
@@ -107,7 +114,8 @@ class RowsInWindow:
         rows = picks if self.chosen is None else self.chosen[picks]
         buffer = self._buffer(len(rows))
         codes = self.store.read_codes(rows, self.column, out=buffer[: len(rows)])
-        return Loaded(codes.reshape(-1), self._class_ids(rows), buffer)
+        columns = read_columns(self.store, self.columns, rows)
+        return Loaded(codes.reshape(-1), self._class_ids(rows), columns, buffer)
 
     def _buffer(self, rows: int) -> np.ndarray:
         """Room for a window, of one that is held no more: fresh memory is slow to come by."""
@@ -138,3 +146,23 @@ class RowsInWindow:
             if len(self._labels) > LABELLED_SHARDS:
                 self._labels.popitem(last=False)
         return self._labels[shard]
+
+
+def check_windows(
+    store: TokenStore, columns: Sequence[Column], window_chunks: int, states_gb: float
+) -> None:
+    """Raises ValueError where text states in windows, by the largest shard's, exceed states_gb."""
+    row_bytes = 0.0
+    shard = int(np.diff(store.numbers.bounds).argmax())
+    for column in (column for column in columns if column.kind == "states"):
+        lengths = store.shard_column(shard, length_of(column.name))
+        row_bytes += 2 * column.shape[1] * float(lengths.mean())
+    chunk_gb = HELD * row_bytes * store.meta.chunk_rows / 1e9
+    chunks = min(window_chunks, len(store.chunk_bounds()) - 1)
+    if chunks * chunk_gb > states_gb:
+        most = max(1, int(states_gb / chunk_gb))
+        raise ValueError(
+            f"{store.path}: {HELD} windows of {chunks} chunks hold about {chunks * chunk_gb:,.1f} "
+            f"GB of text states, dataset.states_gb={states_gb:g}: take "
+            f"dataset.window_chunks={most}, or more dataset.states_gb"
+        )

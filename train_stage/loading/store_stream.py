@@ -6,6 +6,7 @@ A unit is what comes once an epoch: a row, or an image with all its views. A pic
 rows; without a filter picks are row numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from storage.reader import TokenStore
+from train_stage.loading.columns import Column
+from train_stage.loading.held_columns import Held, hold_columns, take_rows
 from train_stage.loading.order import FullOrder, hash_array, hash_words, permute
 from train_stage.loading.rows_in_memory import RowsInMemory, RowsOnDevice
 from train_stage.loading.rows_in_place import RowsInPlace
-from train_stage.loading.rows_in_window import RowsInWindow
+from train_stage.loading.rows_in_window import RowsInWindow, check_windows
 from train_stage.loading.window_order import WindowOrder
 
 Shuffle = Literal["full", "window"]
@@ -35,6 +38,7 @@ class Reading:
     window_chunks: int = 256
     views: Views = "all"
     preload: Preload = "auto"
+    states_gb: float = 16.0  # of text states in memory, at most
 
 
 @dataclass
@@ -60,12 +64,14 @@ class StoreStream:
         max_rows: int | None = None,
         device: torch.device | None = None,
         quiet: bool = True,
+        columns: Sequence[Column] = (),
     ):
-        """max_rows: use only that many rows, chosen by the seed, of those that pass the filter.
+        """max_rows: use only that many rows, chosen by the seed, of those that pass the filter;
+        columns: what is read beside codes and class.
 
         Raises ValueError when no row is left, or for a store that cannot be read in this way.
         """
-        self.store, self.reading, self.filter = store, reading, filter
+        self.store, self.reading, self.filter, self.columns = store, reading, filter, columns
         self.chosen = choose_rows(store, filter, max_rows, seed)
         count = len(store) if self.chosen is None else len(self.chosen)
         if not count:
@@ -82,7 +88,13 @@ class StoreStream:
                 bounds = np.searchsorted(self.unit_starts[:-1], bounds)
             self.order = WindowOrder(bounds, reading.window_chunks, seed)
         self.holder = self._hold(device, quiet)
-        self._class_ids = None if isinstance(self.holder, RowsInWindow) else self._all_class_ids()
+        self._class_ids: np.ndarray | None = None  # windows know them, and the other columns
+        self._held: dict[str, Held] = {}
+        if not isinstance(self.holder, RowsInWindow):
+            self._class_ids = self._all_class_ids()
+            in_place = isinstance(self.holder, RowsInPlace)
+            gb = reading.states_gb
+            self._held = hold_columns(store, columns, self.chosen, in_place, gb, quiet)
 
     def plan(self, places: np.ndarray) -> Plan:
         """What stands at these places (n,) of the stream, ascending."""
@@ -112,8 +124,8 @@ class StoreStream:
 
     def read(
         self, plan: Plan, part: slice, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray | Tensor, np.ndarray]:
-        """Codes (n, N), narrow, and class ids (n,) int64 (-1: none) of a part of a plan.
+    ) -> tuple[np.ndarray | Tensor, np.ndarray, dict[str, np.ndarray]]:
+        """Codes (n, N), narrow, class ids (n,) int64 (-1: none) and columns of a part of a plan.
 
         out: filled with the codes and returned, unless they are on a device.
         """
@@ -121,7 +133,12 @@ class StoreStream:
             return self.holder.read(plan.places[part], plan.index[part], out)
         assert plan.class_ids is not None
         rows = part.stop - part.start
-        return self.holder.gather(plan.index[part], rows, out), plan.class_ids[part]
+        codes = self.holder.gather(plan.index[part], rows, out)
+        return codes, plan.class_ids[part], self.take(plan.picks[part])
+
+    def take(self, picks: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns beside codes and class of picks (n,), unless windows know them."""
+        return take_rows(self._held, picks)
 
     def gather(
         self, index: np.ndarray, rows: int, out: np.ndarray | None = None
@@ -148,14 +165,18 @@ class StoreStream:
 
     def _hold(self, device: torch.device | None, quiet: bool) -> "Holder":
         store, column, preload = self.store, self.reading.column, self.reading.preload
+        windowed = isinstance(self.order, WindowOrder)
         in_place = store.meta.backend == "arrow" and store.is_local
+        if windowed and any(other.kind == "states" for other in self.columns):
+            in_place = False  # states are read by windows, and the codes with them
         if preload == "auto":
-            windowed = isinstance(self.order, WindowOrder) and not in_place
             preload = "none" if in_place or windowed else "ram"
         if preload == "none" and in_place:
             return RowsInPlace(store, column)
         if preload == "none" and isinstance(self.order, WindowOrder):
-            return RowsInWindow(store, column, self.order, self.chosen, self.unit_starts)
+            check_windows(store, self.columns, self.reading.window_chunks, self.reading.states_gb)
+            chosen, units = self.chosen, self.unit_starts
+            return RowsInWindow(store, column, self.order, chosen, units, self.columns)
         if preload == "none":
             raise ValueError(
                 f"{store.path}: single rows of a {store.meta.backend} store that is not preloaded "

@@ -29,26 +29,46 @@ class ExperimentConfig:
     project: str = "open-muse"
     """The wandb project."""
     max_train_examples: int | None = None
-    """Train on only this many rows (of every store), chosen by training.seed."""
+    """Train on only this many rows (of every store), chosen by training.seed; they come again in
+    every epoch. (open-muse took it for the length of an epoch alone: the number of rows that there
+    are does the same here.) Rows seen in all are training.max_train_steps x the global batch."""
     save_every: int = 1000
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: only at the end, on signals and by save_every_minutes."""
+    save_every_minutes: float = 0.0
+    """A checkpoint when the one before is so many minutes old, too; 0: by steps alone."""
+    async_checkpoint: bool = True
+    """Train on while a checkpoint is written. It is copied first: the main process needs host
+    memory for the weights, averaged weights and optimizer once more (with AdamW and EMA 16 bytes a
+    parameter)."""
+    grace_s: int = 0
+    """Leave at most so many seconds after SIGTERM or SIGUSR1, even if the checkpoint is not yet
+    written or a step hangs; the one before counts then. 0: no limit."""
     checkpoints_total_limit: int | None = 2
     """How many checkpoints to keep; null keeps all."""
     eval_every: int = 500
     """Steps between validation losses; needs dataset.eval_store."""
+    tensorboard: bool = False
+    """Write what is logged for TensorBoard, too, into tensorboard/ of the run directory."""
     generate_every: int = 0
     """Steps between grids of generated pictures (same seed each time); 0 for none."""
     log_every: int = 50
     """Steps between log lines."""
     resume_from_checkpoint: str | None = "latest"
     """"latest" (start when there is none), the path of a checkpoint, or null to start anew."""
+    resume_lr_scheduler: bool = True
+    """false: the learning rate's schedule starts anew, warm-up too, at the step where a checkpoint
+    is gone on from, and ends at training.max_train_steps. Once: going on again leaves it."""
+    dont_resume_optimizer: bool = False
+    """Take a checkpoint's weights and position, not its optimizer. Once, as above."""
     dry_run: bool = False
     """Say parameters, memory and FLOPs a step, and stop; --dry-run is the same."""
 
     def __post_init__(self) -> None:
         check_range("experiment.log_every", self.log_every, 1)
-        for name in ("save_every", "eval_every", "generate_every"):
+        for name in ("save_every", "save_every_minutes", "grace_s", "eval_every", "generate_every"):
             check_range(f"experiment.{name}", getattr(self, name), 0)
+        if self.checkpoints_total_limit is not None:
+            check_range("experiment.checkpoints_total_limit", self.checkpoints_total_limit, 1)
 
 
 @dataclass
@@ -114,6 +134,19 @@ class EMAConfig:
 
 
 @dataclass
+class FsdpConfig:
+    reshard_after_forward: bool = True
+    """Give the other shards back after a layer's forward pass and gather them again for its
+    backward pass; false: less communication, every layer whole until then."""
+    cpu_offload: bool = False
+    """Keep shards and optimizer in host memory: the slow way to train what does not fit GPUs."""
+    checkpoints: Literal["full", "sharded"] = "full"
+    """full: the main process gathers and writes everything. sharded: every process writes what it
+    holds, faster for large models. The run goes on from either with any number of processes; a
+    model directory is in full ones only, and always at the end."""
+
+
+@dataclass
 class TrainingConfig(ObjectiveFields):
     max_train_steps: int = MISSING
     """Optimizer steps in all."""
@@ -124,6 +157,10 @@ class TrainingConfig(ObjectiveFields):
     go on with another number of processes. Null: batch_size x processes x accumulation steps."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step; with global_batch_size a lower bound."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: ddp, each holds the whole model; fsdp, each holds a shard of every
+    weight, of the averages and of the optimizer. One process is neither."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast; weights and optimizer stay in float32."""
     enable_tf32: bool = True
@@ -140,15 +177,21 @@ class TrainingConfig(ObjectiveFields):
     """Train on the first batch only: a check that the loss goes to zero."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient's norm to this; null for no clipping."""
+    eval_mask_ratios: list[float] = field(default_factory=list)
+    """Validation losses at these mask ratios, each by itself, as in [0.2,0.5,0.8]."""
 
     def __post_init__(self) -> None:
         check_range("training.batch_size", self.batch_size, 1)
         check_range("training.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        for ratio in self.eval_mask_ratios:
+            check_range("training.eval_mask_ratios", ratio, 0, 1)
         super().__post_init__()
 
 
 @dataclass
 class GenerationConfig:
+    prompts: list[str] = field(default_factory=list)
+    """Rows of the grid, for models that read text; none: captions of the store."""
     images_per_class: int = 8
     """Columns of the grid; rows are the first classes."""
     classes: int = 10

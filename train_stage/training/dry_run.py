@@ -9,20 +9,21 @@ import os
 import torch
 from torch import nn
 
+from train_stage.conditioning.conditioner import make_prompt_encoder
 from train_stage.config import TrainConfig
 from train_stage.loading.loader import TokenLoader
 from train_stage.loading.store_stream import Reading
-from train_stage.models.config import tokenizer_of, transformer_fields
+from train_stage.models.config import tokenizer_of
 from train_stage.models.sizes import condition_shapes, count_parameters
 from train_stage.models.token_transformer import TokenTransformer
-from train_stage.models.transformer import MaskGitTransformer
 from train_stage.objective.mask_schedule import Schedule, get_mask_schedule
+from train_stage.training.build_model import make_model
 from train_stage.training.config import split_batch
 from train_stage.training.loaders import open_sources
+from train_stage.training.peak_speed import PEAK_TFLOPS, kind_of
 from train_stage.training.step_cost import Device, Step, StepCost, count_step
 
 GPU = "H100"
-PEAK_TFLOPS = {"fp16": 989, "bf16": 989, "tf32": 495, "no": 67}  # of that GPU, says its maker
 UTILISATIONS = (0.2, 0.4, 0.6)  # shares of the peak
 DRAWS = 100_000  # mask ratios that are averaged
 
@@ -59,14 +60,12 @@ def open_loader(config: TrainConfig, global_batch: int, processes: int) -> Token
     return TokenLoader(sources, global_batch, seed, 0, processes, reading, max_rows=most)
 
 
-def shape_of_model(config: TrainConfig, loader: TokenLoader) -> MaskGitTransformer:
+def shape_of_model(config: TrainConfig, loader: TokenLoader) -> TokenTransformer:
     """The model of the run; its weights have no memory."""
-    meta, column = loader.streams[0].store.meta, config.dataset.codes_column
-    given = config.model.transformer_given()
-    fields = transformer_fields(given, meta, column, loader.largest_class_id)
-    with torch.device("meta"):
-        model = MaskGitTransformer(**fields)
-    model.gradient_checkpointing = config.model.gradient_checkpointing
+    store, is_uvit = loader.streams[0].store, config.model.architecture == "uvit"
+    meta = torch.device("meta")
+    encoder = make_prompt_encoder(config.model, store, is_uvit, meta)
+    model = make_model(config, store, loader.largest_class_id, encoder, meta)
     model.set_attention("plain" if config.model.attention == "plain" else "sdpa")
     return model
 
@@ -142,10 +141,9 @@ def describe_memory(cost: StepCost, step: Step, device: Device, processes: int) 
 def describe_time(cost: StepCost, config: TrainConfig, processes: int) -> list[str]:
     """Operations of a step and of the run, and how long that takes if a GPU does its share."""
     training = config.training
-    exact = "tf32" if training.enable_tf32 else "no"
-    kind = exact if training.mixed_precision == "no" else training.mixed_precision
+    kind = kind_of(training.mixed_precision, training.enable_tf32)
     step = processes * (cost.flops + cost.update_flops) / 1e12
-    total, peak = step * training.max_train_steps, processes * PEAK_TFLOPS[kind]
+    total, peak = step * training.max_train_steps, processes * getattr(PEAK_TFLOPS[GPU], kind)
     hours = ", ".join(f"{total / (peak * use) / 3600:,.1f} h at {use:.0%}" for use in UTILISATIONS)
     update = processes * cost.update_flops / 1e12
     return [

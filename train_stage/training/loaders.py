@@ -1,5 +1,7 @@
 """The loaders of a run: the stores that its configuration names, as this process reads them."""
 
+from collections.abc import Sequence
+
 from accelerate import Accelerator
 
 from configs.load import ConfigError
@@ -7,6 +9,7 @@ from storage.file_cache import CacheOptions
 from storage.reader import TokenStore
 from storage.schema import StoreMismatch
 from train_stage.config import TrainConfig
+from train_stage.loading.columns import check_columns
 from train_stage.loading.loader import Source, TokenLoader
 from train_stage.loading.store_stream import Reading
 from train_stage.models.config import tokenizer_of
@@ -31,26 +34,50 @@ def open_store(config: TrainConfig, location: str) -> TokenStore:
     return TokenStore(location, CacheOptions(max_bytes=int(config.dataset.cache_gb * 2**30)))
 
 
+def largest_class_id(sources: list[Source]) -> int:
+    """Of all rows of the stores; -1 when none has a class."""
+    found = []
+    for source in sources:
+        known = [summary["largest_class_id"] for summary in source.store.index.summaries]
+        if None in known:  # schema version 1 did not note it
+            known = [int(source.store.read_column("class_id").max(initial=-1))]
+        found += known
+    return max(found, default=-1)
+
+
 def make_loader(
     config: TrainConfig,
     sources: list[Source],
     global_batch: int,
     accelerator: Accelerator,
     max_rows: int | None,
+    columns: Sequence[str] = (),
 ) -> TokenLoader:
-    """A loader over the stores for this process; codes travel narrow to a GPU."""
+    """A loader over the stores for this process; codes travel narrow to a GPU.
+
+    columns: what the conditioner wants of the rows.
+    """
     data = config.dataset
+    reading = Reading(
+        data.codes_column,
+        data.shuffle,
+        data.window_chunks,
+        data.views,
+        data.preload,
+        data.states_gb,
+    )
     return TokenLoader(
         sources,
         global_batch,
         config.training.seed,
         accelerator.process_index,
         accelerator.num_processes,
-        Reading(data.codes_column, data.shuffle, data.window_chunks, data.views, data.preload),
+        reading,
         max_rows=max_rows,
         narrow=accelerator.device.type == "cuda",
         device=accelerator.device,
         quiet=not accelerator.is_main_process,
+        columns=columns,
     )
 
 
@@ -60,8 +87,9 @@ def make_eval_loader(
     model: TokenTransformer,
     global_batch: int,
     accelerator: Accelerator,
+    columns: Sequence[str] = (),
 ) -> TokenLoader | None:
-    """A loader over the evaluation store: same tokenizer, same grid, same classes."""
+    """A loader over the evaluation store: same tokenizer, same grid, same classes and columns."""
     if config.dataset.eval_store is None:
         return None
     other, column = open_store(config, config.dataset.eval_store), config.dataset.codes_column
@@ -72,7 +100,8 @@ def make_eval_loader(
             raise StoreMismatch(f"{other.path}: the tokenizer's {name} is {found}")
     if other.meta.transform.get("class_names") != store.meta.transform.get("class_names"):
         raise StoreMismatch(f"{other.path} and {store.path} number other classes")
-    loader = make_loader(config, [Source(other)], global_batch, accelerator, None)
+    check_columns([store, other], columns)
+    loader = make_loader(config, [Source(other)], global_batch, accelerator, None, columns)
     if loader.largest_class_id >= (model.config.num_classes or 0):
         found = f"class ids up to {loader.largest_class_id}"
         raise StoreMismatch(f"{other.path} has {found}, the model {model.config.num_classes}")

@@ -21,8 +21,10 @@ class MuonAdamW(Optimizer):
     ):
         params = [p for group in groups for p in group["params"]]
         super().__init__(params, {"lr": lr})
-        matrices = [p for p in groups[0]["params"] if p.ndim == 2]
-        others = [p for p in groups[0]["params"] if p.ndim != 2]
+        is_matrix = [p.ndim == 2 and min(p.shape) > 1 for p in groups[0]["params"]]
+        pairs = list(zip(groups[0]["params"], is_matrix, strict=True))
+        matrices = [p for p, flag in pairs if flag]
+        others = [p for p, flag in pairs if not flag]
         decay = groups[0]["weight_decay"]
         rest = [{"params": others, "weight_decay": decay}, *groups[1:]]
         scaled = "match_rms_adamw"

@@ -12,7 +12,7 @@ from train_stage.config import TrainConfig
 from train_stage.loading.loader import Batch, TokenLoader
 from train_stage.models.token_transformer import TokenTransformer
 from train_stage.objective.mask_schedule import Schedule
-from train_stage.objective.masked_batch import MaskedBatch, mask_batch
+from train_stage.objective.masked_batch import Conditioner, MaskedBatch, mask_batch
 from train_stage.objective.sums import Sums
 from train_stage.training.ema import EMA
 from train_stage.training.samples import SampleWriter
@@ -35,9 +35,12 @@ class Run:
     schedule: Schedule
     passes: int  # forward passes per step and process
     samples: SampleWriter | None
+    conditioner: Conditioner | None  # of text; class tokens need none
     codes: dict[str, Any]  # what codes.json beside the weights says
     sums: Sums  # since the last log line
     step: int = 0
+    skipped: int = 0  # steps since the start that fp16 had no finite gradient for
+    schedule_start: int = 0  # the step from which the learning rate's schedule counts
 
 
 def make_masked(run: Run, batch: Batch) -> MaskedBatch:
@@ -52,6 +55,8 @@ def make_masked(run: Run, batch: Batch) -> MaskedBatch:
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.device,
+        run.conditioner,
+        tuple(run.codes["tokenizer"]["grid"]),
     )
 
 
