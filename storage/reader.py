@@ -273,7 +273,8 @@ class TokenStore:
         if name in TABLE_SCHEMA.names:
             return TABLE_SCHEMA.field(name)
         shard = next(i for i, s in enumerate(self.index.summaries) if name in s["columns"])
-        return pa.field(name, self._read_rows(shard, [name]).schema.field(name).type)
+        empty = self._read_rows(shard, [name], np.empty(0, np.int64))
+        return pa.field(name, empty.schema.field(name).type)
 
     def _tables(self, wanted: pa.Schema) -> Iterator[pa.Table]:
         return (self._shard_table(shard, wanted) for shard in range(len(self.shards)))

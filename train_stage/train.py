@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         run = set_up(config)
         finished = train(run)
-    except (ValueError, OSError, FloatingPointError, Replaced) as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError, Replaced) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REPLACED if isinstance(error, Replaced) else EXIT_REFUSED
     except RuntimeError as error:
