@@ -207,10 +207,10 @@ def test_what_does_not_fit_is_refused_by_name(store, words, message):
 
 
 def run(store, folder, *words, steps=4):
-    argv = [f"dataset.train_store={store}", f"experiment.output_dir={folder}", *TINY, *words]
+    argv = [f"dataset.train_store={store}", f"experiment.output_dir={folder}", *TINY]
     argv += [f"training.max_train_steps={steps}", "training.batch_size=16"]
     argv += ["optimizer.params.learning_rate=3e-3", "lr_scheduler.params.warmup_steps=1"]
-    assert train([*argv, "experiment.log_every=1", "experiment.save_every=0"]) == 0
+    assert train([*argv, "experiment.log_every=1", "experiment.save_every=0", *words]) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

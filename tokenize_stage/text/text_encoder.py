@@ -14,8 +14,8 @@ from torch import Tensor
 from storage.pretrained import find_model, read_config
 from tokenize_stage.text.tokenizer import CaptionTokenizer, import_transformers, load_tokenizer
 
-# architectures of a config.json: the class of transformers that is its text encoder. Trained on as
-# open-muse did, padding is not hidden from these; of all others, which AutoModel opens, it is.
+# architectures of a config.json: the class of transformers that is its text encoder; for all others
+# AutoModel finds it
 ENCODERS = {
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
     "CLIPModel": "CLIPTextModelWithProjection",
@@ -23,7 +23,15 @@ ENCODERS = {
     "T5EncoderModel": "T5EncoderModel",
     "T5ForConditionalGeneration": "T5EncoderModel",
     "T5WithLMHeadModel": "T5EncoderModel",
+    "MT5EncoderModel": "MT5EncoderModel",
+    "MT5ForConditionalGeneration": "MT5EncoderModel",
+    "UMT5EncoderModel": "UMT5EncoderModel",
+    "UMT5ForConditionalGeneration": "UMT5EncoderModel",
+    "SiglipModel": "SiglipTextModel",
+    "SiglipTextModel": "SiglipTextModel",
 }
+# padding is not hidden from these: so open-muse trained on them, and so SigLIP was trained itself
+SEE_PADDING = ("CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel", "SiglipTextModel")
 T5_POSITIONS = 512  # T5's positions are relative; it was trained with so many
 
 
@@ -100,12 +108,13 @@ class TextEncoder:
         place = tokenizer_subfolder or subfolder or ""
         tokenizer = load_tokenizer(name_or_path, place, revision)
         tokenizer.model_max_length = length or tokenizer.model_max_length
+        tokenizer.padding_side = "right"  # as in a store, whose lengths say where texts end
         return cls(model, tokenizer)
 
     @property
     def hides_padding(self) -> bool:
         """Whether what it makes of a text depends on how far that is padded, unless told."""
-        return type(self.model).__name__ not in ENCODERS.values()
+        return type(self.model).__name__ not in SEE_PADDING
 
     @property
     def has_projection(self) -> bool:
@@ -129,6 +138,7 @@ class TextEncoder:
             padding="max_length",
             truncation=True,
             max_length=self.max_length,
+            return_attention_mask=True,
         ).to(self.model.device)
         lengths = tokens.attention_mask.sum(-1)
         made = self.encode_ids(tokens.input_ids, pooled, clip_skip, lengths)
@@ -154,9 +164,10 @@ class TextEncoder:
         if pooled and not self.has_projection:
             kind = type(self.model).__name__
             raise ValueError(f"a {kind} gives no pooled vector: a CLIPTextModelWithProjection does")
-        layers = self.model.config.num_hidden_layers
-        if clip_skip is not None and not 0 <= clip_skip <= layers:
-            raise ValueError(f"clip_skip={clip_skip}: the text encoder has layers 0..{layers}")
+        if clip_skip is not None:
+            layers = self.model.config.num_hidden_layers
+            if not 0 <= clip_skip <= layers:
+                raise ValueError(f"clip_skip={clip_skip}: the text encoder has layers 0..{layers}")
         given = {}
         if self.hides_padding:
             if lengths is None:

@@ -15,7 +15,12 @@ from configs.load import ConfigError
 from storage.reader import TokenStore
 from tokenize_stage.text.text_encoder import TextStates
 from train_stage.conditioning.config import ConditionFields
-from train_stage.conditioning.micro_conditions import SCORE, SIZES, micro_conditions
+from train_stage.conditioning.micro_conditions import (
+    SCORE,
+    SIZES,
+    micro_conditions,
+    unknown_conditions,
+)
 from train_stage.conditioning.prompt_encoder import PromptEncoder, combine
 from train_stage.conditioning.text_source import TextSource, choose_source
 from train_stage.loading.loader import Batch
@@ -59,13 +64,14 @@ class Conditioner:
         if config.class_prompt is not None:  # the row after the last class is that of no class
             texts = [*(config.class_prompt.format(name) for name in names), ""]
             self.class_texts = encode_all(encoder, texts)
-        self.empty = encoder.encode([""])
+        self.empty = None if self.learns_null else encoder.encode([""])
         micro: tuple[str, ...] = ()
         if has_micro_conditions:
             micro = (*SIZES, SCORE) if SCORE in store.columns else SIZES
         self.has_micro_conditions = has_micro_conditions
         read = [] if self.class_texts else [c for s in encoder.sources for c in s.columns]
         self.columns: tuple[str, ...] = (*read, *micro)
+        self.release_encoders()
 
     @torch.no_grad()
     def __call__(self, batch: Batch, dropped: Tensor) -> Keywords:
@@ -78,9 +84,10 @@ class Conditioner:
         else:
             made = combine([s.encode_rows(batch.columns) for s in self.encoder.sources])
         is_dropped = dropped.to(self.device, non_blocking=True)
-        given = as_keywords(made if self.learns_null else replace(made, self.empty, is_dropped))
-        if self.learns_null:
-            given["dropped"] = is_dropped
+        if self.empty is None:
+            given = as_keywords(made) | {"dropped": is_dropped}
+        else:
+            given = as_keywords(replace(made, self.empty, is_dropped))
         if self.has_micro_conditions:
             score = self.config.aesthetic_score
             micro = micro_conditions(batch.columns, self.resolution, score)
@@ -91,18 +98,29 @@ class Conditioner:
         """The keywords of sampling.generate for prompts (P rows), and for their absence (1 row)."""
         given = as_keywords(self.encoder.encode(prompts))
         if self.has_micro_conditions:
-            told = [[self.resolution, self.resolution, 0, 0, self.config.aesthetic_score]]
-            given["micro_conds"] = torch.tensor(told, dtype=torch.float32, device=self.device)
-        return given if self.learns_null else given | self.absent()
+            told = unknown_conditions(self.resolution, self.config.aesthetic_score)
+            given["micro_conds"] = told.to(self.device)
+        return given | self.absent()
 
     def absent(self) -> Keywords:
-        """What guidance leads away from, as generate names it: the empty text, 1 row."""
+        """What guidance leads away from, as generate names it: the empty text, 1 row.
+
+        Nothing where it is learned: generate then takes the model's.
+        """
+        if self.empty is None:
+            return {}
         names = {
             "encoder_hidden_states": "negative_embeds",
             "encoder_attention_mask": "negative_attention_mask",
             "cond_embeds": "negative_cond_embeds",
         }
         return {names[name]: values for name, values in as_keywords(self.empty).items()}
+
+    def release_encoders(self) -> None:
+        """Frees those that rows do not need: states are stored, or texts of classes kept."""
+        for source in self.encoder.sources:
+            if self.class_texts is not None or source.record.reads_states:
+                source.release()
 
     def record(self) -> dict[str, Any]:
         """What codes.json keeps, so that prompts are encoded alike later."""
@@ -136,10 +154,10 @@ def replace(made: TextStates, empty: TextStates, dropped: Tensor) -> TextStates:
 
 
 def as_keywords(made: TextStates) -> Keywords:
-    """As the models call them."""
+    """As the models call them; in float32, as their weights are."""
     named = {
-        "encoder_hidden_states": made.states,
-        "cond_embeds": made.pooled,
+        "encoder_hidden_states": made.states.float(),
+        "cond_embeds": None if made.pooled is None else made.pooled.float(),
         "encoder_attention_mask": made.attention_mask,
     }
     return {name: values for name, values in named.items() if values is not None}

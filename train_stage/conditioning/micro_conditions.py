@@ -18,11 +18,16 @@ def micro_conditions(
 ) -> Tensor:
     """Columns (b,) of SIZES, and SCORE where the store has it -> (b, 5) float32.
 
-    resolution: the side that crop_height was resized to. Rows without a score (NaN, or no column)
-    are told default_score.
+    resolution: the side that crop_height was resized to. For what is not known (NaN, or no column)
+    rows are told what unknown_conditions says.
     """
     width, height, top, left, side = (columns[name].float() for name in SIZES)
     scale = resolution / side
     score = columns.get(SCORE, torch.full_like(width, torch.nan)).float()
-    score = torch.where(score.isnan(), default_score, score)
-    return torch.stack([width, height, top * scale, left * scale, score], dim=1)
+    told = torch.stack([width, height, top * scale, left * scale, score], dim=1)  # (b, 5)
+    return torch.where(told.isnan(), unknown_conditions(resolution, default_score), told)
+
+
+def unknown_conditions(resolution: int, score: float) -> Tensor:
+    """Of a picture that is as large as what is made of it, and not cropped: (1, 5) float32."""
+    return torch.tensor([[resolution, resolution, 0, 0, score]], dtype=torch.float32)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.load import ConfigError
+from storage.pretrained import weights_fingerprint
 from storage.reader import TokenStore
 from tokenize_stage.text.text_encoder import TextEncoder, TextStates, read_widths
 from train_stage.conditioning.config import TextEncoderConfig
@@ -93,13 +94,28 @@ class TextSource:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """Loaded when it is first needed. Raises ValueError if it is not the one of the ids."""
+        """Loaded when it is first needed; what made stored states, in the same dtype.
+
+        Raises ValueError if it is not the one of the ids, or of the states.
+        """
         record = self.record
+        stored = record.encoder if record.reads_states else None
+        dtype = self.dtype if stored is None else getattr(torch, stored["dtype"])
         length = None if record.tokenizer is None else record.tokenizer["length"]
-        encoder = TextEncoder.from_pretrained(record.pretrained, dtype=self.dtype, length=length)
+        encoder = TextEncoder.from_pretrained(record.pretrained, dtype=dtype, length=length)
         if record.tokenizer is not None:
             encoder.check_tokenizer(record.tokenizer)
+        if stored is not None and weights_fingerprint(encoder.model) != stored["fingerprint"]:
+            raise ValueError(
+                f"model.text_encoders.{self.name}: {record.pretrained} is not what made the stored "
+                "states: its weights, or their names in another version of transformers, differ; "
+                "open the text encoder that did, or train with source=ids"
+            )
         return encoder.to(self.device)
+
+    def release(self) -> None:
+        """Frees the encoder's memory; where it is needed again, it is loaded again."""
+        self.__dict__.pop("encoder", None)
 
     def encode_rows(self, columns: Mapping[str, Tensor]) -> TextStates:
         """Columns of b rows, on the host -> their states, on the device."""
@@ -121,6 +137,7 @@ class TextSource:
             padding="max_length",
             truncation=True,
             max_length=self.encoder.max_length,
+            return_attention_mask=True,
         ).to(self.device)
         lengths = tokens.attention_mask.sum(-1)
         return self._finish(self._run(tokens.input_ids, lengths), lengths)

@@ -81,6 +81,11 @@ def model_fields(
     names = meta.transform.get("class_names") or []
     if names and text_widths is None:
         derived["num_classes"] = len(names)
+    if config.class_prompt is not None and largest_class_id >= len(names):
+        raise ConfigError(
+            f"model.class_prompt: the store names {len(names)} classes, but has class ids up to "
+            f"{largest_class_id}"
+        )
     for name, value in derived.items():
         if given.get(name, value) != value and name != "vocab_size":
             raise ConfigError(

@@ -46,6 +46,8 @@ class PipelineSettings:
     """A name for each class id, where they are known."""
     class_prompt: str | None = None
     """What makes a prompt of a class's name, for models trained on those."""
+    aesthetic_score: float = 6.0
+    """What a U-ViT is told of a picture when no score is asked for."""
 
 
 class Parts(NamedTuple):
@@ -114,12 +116,12 @@ def open_model(
     settings = PipelineSettings(
         tuple(tokenizer.grid) if tokenizer is not None else None,  # type: ignore[arg-type]
         class_names=codes["class_names"] if codes else [],
-        class_prompt=condition["class_prompt"] if condition else None,
     )
     if condition:
-        return Parts(
-            vae, transformer, open_encoders(condition, transformer, text_encoder), settings
-        )
+        settings.class_prompt = condition["class_prompt"]
+        settings.aesthetic_score = condition["aesthetic_score"]
+        encoders = open_encoders(condition, transformer, text_encoder)
+        return Parts(vae, transformer, encoders, settings)
     encoder = TextEncoder.from_pretrained(text_encoder) if text_encoder is not None else None
     return Parts(vae, transformer, encoder, settings)
 

@@ -1,4 +1,7 @@
-"""Grids of generated pictures during training: the same prompts or classes and seeds every time."""
+"""Grids of generated pictures during training: the same prompts or classes and seeds every time.
+
+Prompts are encoded once.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,13 +33,15 @@ class SampleWriter:
         """Without generation.prompts, those of a model for text are captions of the store."""
         tokenizer: Tokenizer = store.meta.tokenizers[config.dataset.codes_column]
         self.options, self.seed = config.generation, config.training.seed
-        self.conditioner = conditioner
+        self.grid, self.encoded = tuple(tokenizer.grid), None
         self.vq = pictures.load_vq(config.model.vq_model.pretrained or tokenizer.name, device)
         pictures.check_tokenizer(self.vq, tokenizer)
         self.names = list(store.meta.transform.get("class_names") or [])
         if conditioner is not None:
             prompts = self.options.prompts or first_prompts(config, store)
             self.prompts = prompts[: self.options.classes]
+            self.encoded = conditioner.for_prompts(self.prompts)
+            conditioner.release_encoders()
 
     def write(self, model: TokenTransformer, run: Path, step: int) -> Path:
         """Writes RUN/samples/step-….png by `model`, in eval mode."""
@@ -49,21 +54,21 @@ class SampleWriter:
             temperature=options.temperature,
             timesteps=options.timesteps,
             guidance_scale=options.guidance_scale,
+            seq_len=self.grid[0] * self.grid[1],
             generator=torch.Generator(device).manual_seed(self.seed),
         )
-        grid = pictures.decode_codes(self.vq, codes)
-        pictures.save_grid(grid, path, columns, labels)
+        made = pictures.decode_codes(self.vq, codes.unflatten(1, self.grid))
+        pictures.save_grid(made, path, columns, labels)
         return path
 
     def _condition(
         self, model: TokenTransformer, columns: int, device: torch.device
     ) -> tuple[dict[str, Any], Sequence[str]]:
         """The keywords of generate, `columns` pictures of each, and what stands beside them."""
-        if self.conditioner is not None:
-            given = self.conditioner.for_prompts(self.prompts)
+        if self.encoded is not None:
             rows = {  # one row of what is negative, or of micro-conditions, stands for all
                 name: x.repeat_interleave(columns, 0) if len(x) == len(self.prompts) else x
-                for name, x in given.items()
+                for name, x in self.encoded.items()
             }
             return rows | {"rows": len(self.prompts) * columns}, self.prompts
         known = getattr(model.config, "num_classes", None) or 0
