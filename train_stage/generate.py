@@ -83,6 +83,9 @@ class GenerateConfig:
     temperature_decay: Literal["linear", "cumulative", "linspace"] | None = None
     """linear, cumulative as in the reference's released code, or linspace as in its U-ViT; null:
     linear for classes, linspace for text."""
+    critic: Literal["self"] | None = None
+    """self: the model's critic says which codes are hidden again, not their probability; for models
+    trained with training.critic=self."""
     batch_size: int = 64
     """Pictures at once."""
     grid_columns: int = 8
@@ -214,6 +217,7 @@ def draw(
         generator=torch.Generator(pipe.device).manual_seed(seed),
         noise_schedule=config.mask_schedule,
         temperature_decay=config.temperature_decay,
+        critic=config.critic,
         canvas=canvas,
         batch_size=config.batch_size,
         output_type="uint8",

@@ -63,12 +63,13 @@ class MusePipeline:
         class_ids
     How it is drawn (if not given: TEXT_DEFAULTS, CLASS_DEFAULTS; see sampling.generate):
         num_inference_steps, guidance_scale (0 and 1: none), guidance_schedule, temperature,
-        temperature_decay, noise_schedule; clip_skip: see TextEncoder.encode; generator, on the CPU
-        or the model's device
+        temperature_decay, noise_schedule, critic; clip_skip: see TextEncoder.encode; generator, on
+        the CPU or the model's device
     What comes out, num_images_per_prompt pictures side by side for every prompt:
         height, width: in pixels, where the model can make other sizes than it was trained on
         orig_size (width, height), crop_coords (top, left), aesthetic_score: what the model is told
-            about the picture (micro-conditions); orig_size is the picture's own if not given
+            about the picture (micro-conditions); if not given, its own size and the score that the
+            model was trained with where none was known
         output_type: a list of "pil" images; "uint8" (B, 3, H, W); in [0, 1] "pt" (B, 3, H, W) or
             "np" (B, H, W, 3); "codes" (B, h, w). batch_size: pictures drawn at once
     To draw on a picture: inpaint, image_to_image.
@@ -95,7 +96,7 @@ class MusePipeline:
         settings = settings or PipelineSettings()
         self.grid = settings.grid or default_grid(transformer)  # (h, w) when no size is given
         self.noise_schedule, self.class_names = settings.noise_schedule, settings.class_names
-        self.class_prompt = settings.class_prompt
+        self.class_prompt, self.aesthetic_score = settings.class_prompt, settings.aesthetic_score
         self.has_pooled = isinstance(transformer, MaskGiTUViT)  # and micro-conditions
         self.reads_text = self.has_pooled or transformer.config.add_cross_attention
         self.defaults = TEXT_DEFAULTS if self.reads_text else CLASS_DEFAULTS
@@ -130,7 +131,11 @@ class MusePipeline:
         folder that holds anything but a pipeline saved before.
         """
         settings = PipelineSettings(
-            self.grid, self.noise_schedule, self.class_names, self.class_prompt
+            self.grid,
+            self.noise_schedule,
+            self.class_names,
+            self.class_prompt,
+            self.aesthetic_score,
         )
         parts = Parts(self.vae, self.transformer, self.text_encoder, settings)
         save_parts(parts, Path(folder), safe_serialization)
@@ -178,11 +183,12 @@ class MusePipeline:
         temperature_decay: TemperatureDecay | None = None,
         orig_size: tuple[float, float] | None = None,
         crop_coords: tuple[float, float] = (0, 0),
-        aesthetic_score: float = 6.0,
+        aesthetic_score: float | None = None,
         prompt_embeds: Embeddings | None = None,
         negative_embeds: Embeddings | None = None,
         clip_skip: int | None = None,
         canvas: Canvas | None = None,
+        critic: Literal["self"] | None = None,
         batch_size: int = 16,
         output_type: OutputType = "pil",
     ) -> Any:
@@ -209,6 +215,7 @@ class MusePipeline:
             "noise_schedule": schedule,
             "temperature_decay": temperature_decay,
             "generator": generator,
+            "critic": critic,
         }
         rows = torch.arange(count).repeat_interleave(num_images_per_prompt)
         parts = [
@@ -327,13 +334,14 @@ class MusePipeline:
         grid: tuple[int, int],
         orig_size: tuple[float, float] | None,
         crop_coords: tuple[float, float],
-        aesthetic_score: float,
+        aesthetic_score: float | None,
     ) -> Tensor | None:
         """(1, 5) float32: width, height, crop top, crop left, aesthetic score; None if not read."""
         if not self.has_pooled:
             return None
         size = orig_size or (grid[1] * self.vae.reduction, grid[0] * self.vae.reduction)
-        told = [[*size, *crop_coords, aesthetic_score]]
+        score = self.aesthetic_score if aesthetic_score is None else aesthetic_score
+        told = [[*size, *crop_coords, score]]
         return torch.tensor(told, dtype=torch.float32, device=self.device)
 
     def _output(self, codes: Tensor, start: Start, output_type: OutputType) -> Any:
