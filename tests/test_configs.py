@@ -21,7 +21,7 @@ from train_stage.config import TrainConfig
 from train_stage.demo import DemoConfig
 from train_stage.evaluate import EvaluateConfig
 from train_stage.generate import GenerateConfig
-from train_stage.models.transformer import MaskGitTransformerConfig
+from train_stage.models.config import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = {
@@ -120,7 +120,8 @@ def test_every_yaml_loads(path):
     filled = [f"{key}=1" for key in OmegaConf.missing_keys(merged)]
     config = load_config(schema, [f"config={path}", *filled])
     if schema is TrainConfig:
-        build_section(MaskGitTransformerConfig, config.model.transformer, "model.transformer")
+        fields = CONFIGS[config.model.architecture]
+        build_section(fields, config.model.transformer_given(), "model.transformer")
 
 
 def test_docstrings_of_all_options():

@@ -6,8 +6,12 @@ import shutil
 import pytest
 import torch
 from store_factory import make_store
+from text_factory import make_clip, make_t5
+from text_store import make_text_store
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs.load import ConfigError, load_config
+from tokenize_stage.text.text_encoder import TextEncoder
 from train_stage.config import TrainConfig
 from train_stage.models.sizes import count_parameters
 from train_stage.models.transformer import MaskGitTransformer
@@ -84,7 +88,103 @@ def test_options_change_what_they_should(store, monkeypatch):
     assert ": 100 rows of" in text and "2 H100 (1,978 TFLOP/s in bf16)" in text
     memory = memory_of(text)
     assert memory["moving average"] == memory["lion state"] == memory["weights"]
-    assert "gradients on their way to other processes" in memory
+
+
+def test_processes_share_what_is_sharded(store, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    wide = ["model.transformer.hidden_size=512", "training.use_ema=true", "training.batch_size=4"]
+    fsdp, kinds = [*wide, "training.parallel=fsdp"], ("weights", "adamw state", "moving average")
+    whole, shard = memory_of(dry_run(store, *wide)), memory_of(dry_run(store, *fsdp))
+    for kind in kinds:
+        assert shard[kind] == pytest.approx(whole[kind] / 4, abs=1e-3)
+    assert shard["gradients"] == pytest.approx(whole["gradients"] / 4, abs=1e-3)
+    assert shard["activations of a pass"] == whole["activations of a pass"]
+    assert shard["at most at once"] < 0.6 * whole["at most at once"]
+    again = memory_of(dry_run(store, *fsdp, "training.fsdp.reshard_after_forward=false"))
+    assert again["gathered weights"] >= shard["gathered weights"]
+    often = memory_of(dry_run(store, *fsdp, "training.gradient_accumulation_steps=2"))
+    assert often["gradients"] == whole["gradients"]  # until the last pass
+
+
+def test_gradients_that_wait_for_other_processes(store, monkeypatch):
+    """DDP's buckets are there while activations are; one process has gradients only after."""
+    wide = ["model.transformer.hidden_size=512", "training.batch_size=120"]
+    alone = memory_of(dry_run(store, *wide))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    many = memory_of(dry_run(store, *wide))
+    assert alone["at most at once"] < many["at most at once"]
+    least = [
+        many[name] for name in ("weights", "adamw state", "gradients", "activations of a pass")
+    ]
+    assert many["at most at once"] > 0.99 * sum(least)
+
+
+def tflop_of(text):
+    """(of a step, of the text encoders)."""
+    found = re.search(r"operations +([\d.]+) TFLOP.*?(?:, ([\d.]+) the text|;)", text)
+    return float(found[1]), float(found[2] or 0)
+
+
+def test_what_the_objective_scores(store):
+    wide = ["training.batch_size=3000", "model.transformer.hidden_size=512"]
+    plain, every = (
+        dry_run(store, *wide, f"training.predict_all_tokens={flag}") for flag in (False, True)
+    )
+    assert "64% of the codes are masked" in plain and "100% of the codes are scored" in every
+    conditioned = dry_run(store, *wide, "model.transformer.self_conditioning=true")
+    judged = dry_run(store, *wide, "model.transformer.critic_head=true", "training.critic=self")
+    base = tflop_of(plain)[0]
+    assert base < tflop_of(every)[0] < 1.2 * base
+    assert 1.1 * base < tflop_of(conditioned)[0] < 1.3 * base  # half of the steps, one in three
+    assert 1.7 * base < tflop_of(judged)[0] < 2 * base
+    soft = ["training.soft_targets=recomputed", "training.soft_target_codes=4"]
+    assert tflop_of(dry_run(store, *wide, *soft))[0] == pytest.approx(base, rel=0.02)
+
+
+UVIT = [
+    "model.architecture=uvit",
+    "model.transformer.in_channels=16",
+    "model.transformer.block_out_channels=[16]",
+    "model.transformer.block_num_heads=2",
+    "model.transformer.num_res_blocks=1",
+]
+
+
+@pytest.mark.parametrize("architecture", [[], UVIT], ids=["transformer", "uvit"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_text_is_counted_as_its_encoders_run(texts, architecture, checkpointing):
+    store, encoders = texts
+    words = [*architecture, f"model.gradient_checkpointing={checkpointing}"]
+    words += [f"model.text_encoders.{name}={{}}" for name in encoders]
+    text = dry_run(store, *words, "training.batch_size=20000")
+    flops = 0
+    for name, place in encoders.items():
+        encoder = TextEncoder.from_pretrained(place)
+        ids = torch.zeros(1, encoder.max_length, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            encoder.encode_ids(ids)
+        flops += counter.get_total_flops()
+        parameters = count_parameters(encoder.model)
+        assert f"{name}: {parameters / 1e6:.2f} M parameters, frozen, in float32" in text
+    assert tflop_of(text)[1] == pytest.approx(20_000 * flops / 1e12, abs=0.006)
+    assert tflop_of(text)[0] > tflop_of(text)[1] > 0
+    once = dry_run(store, *words, "training.batch_size=20000", "dataset.filter=class_id < 3")
+    assert tflop_of(once) == tflop_of(text)
+
+
+def test_stored_states_are_not_made_again(texts, tmp_path):
+    _, encoders = texts
+    store = make_text_store(tmp_path, {"t5": encoders["t5"]}, states=["t5"])
+    text = dry_run(store, "model.text_encoders.t5={}")
+    assert "not run on rows" in text and tflop_of(text)[1] == 0
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A store with texts, and its encoders."""
+    root = tmp_path_factory.mktemp("dry-texts")
+    encoders = {"clip": make_clip(root / "clip"), "t5": make_t5(root / "t5")}
+    return make_text_store(root, encoders), encoders
 
 
 def test_checkpointing_and_attention(store):

@@ -87,7 +87,14 @@ def test_activations_are_what_autograd_saves():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "least", "most"), [("adamw", 2, 2), ("lion", 1, 1), ("muon", 1, 2)]
+    ("optimizer", "least", "most"),
+    [
+        ("adamw", 2, 2),
+        ("lion", 1, 1),
+        ("muon", 1, 2),
+        ("adafactor", 0, 0.1),
+        ("8bit_adamw", 0.5, 0.6),
+    ],
 )
 def test_copies_of_the_weights(optimizer, least, most):
     weights = sum(p.nbytes for p in make_model().parameters())
@@ -96,7 +103,52 @@ def test_copies_of_the_weights(optimizer, least, most):
         assert counted.weights == counted.gradients == weights
         assert counted.ema == use_ema * weights
         assert least * weights <= counted.optimizer <= most * weights + 4096  # step numbers
-    assert (counted.update_flops > 0) == (optimizer == "muon")
+    assert (counted.update_flops > 0) == (optimizer in ("muon", "adafactor"))  # matrix products
+
+
+def test_eight_bit_states_are_those_of_the_library():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = make_model(device="cpu")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    whole = {value.data_ptr(): value.nbytes for value in states if isinstance(value, torch.Tensor)}
+    counted = cost(Step(**vars(STEP) | {"optimizer": "8bit_adamw"})).optimizer
+    maps = 2 * 256 * 4  # of all parameters together
+    assert counted == sum(whole.values()) - maps
+
+
+EXTRAS = [
+    ({"soft_codes": 4}, {}),
+    ({"predicts_first": 1.0}, {"self_conditioning": True}),
+    ({"judged": 64}, {"critic_head": True}),
+    ({"soft_codes": 4, "predicts_first": 1.0, "judged": 64}, None),
+]
+
+
+@pytest.mark.parametrize(("wanted", "fields"), EXTRAS, ids=lambda x: "-".join(x or ()))
+def test_what_the_loss_is_given_beside_costs_what_it_costs(wanted, fields):
+    """Operations of real passes with soft targets, a prediction before, a critic after."""
+    fields = {"self_conditioning": True, "critic_head": True} if fields is None else fields
+    step = Step(**vars(STEP) | wanted)
+    inputs = make_inputs(step)
+    if step.predicts_first:
+        inputs["previous"] = inputs["input_ids"]
+    model = make_model(device="cpu", **fields)
+    with FlopCounterMode(display=False) as flops:
+        MaskedLoss(model)(**inputs)["total"].backward()
+    assert cost(step, **fields).flops == flops.get_total_flops()
+
+
+def test_a_prediction_in_some_of_the_steps():
+    often, never, some = (
+        cost(Step(**vars(STEP) | {"predicts_first": share}), self_conditioning=True)
+        for share in (1.0, 0.0, 0.25)
+    )
+    assert some.flops == pytest.approx(never.flops + (often.flops - never.flops) / 4)
+    assert some.peak == often.peak == never.peak
 
 
 def test_passes_recomputation_and_precision_change_what_they_should():

@@ -60,6 +60,14 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# what `scale=tiny` of muse-train makes of any model
+SCALED_DOWN: dict[str, dict[str, Any]] = {
+    "transformer": _trunk(32, 2, 2, 64),
+    "uvit": _trunk(32, 2, 2, 64)
+    | {"in_channels": 16, "block_out_channels": [16], "block_num_heads": 2, "num_res_blocks": 1}
+    | {"micro_cond_encode_dim": 8, "micro_cond_embed_dim": 40},
+}
+
 
 def size_fields(name: str, architecture: str = "transformer") -> dict[str, Any]:
     """The keywords of a model that a preset sets. Raises ValueError for one that there is not."""
@@ -75,17 +83,19 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def condition_shapes(model: TokenTransformer) -> dict[str, tuple[int, ...]]:
+def condition_shapes(
+    model: TokenTransformer, text_length: int = TEXT_LENGTH
+) -> dict[str, tuple[int, ...]]:
     """The keywords of a row's condition, each with its shape, the batch's axis left out."""
     c = model.config
     if isinstance(model, MaskGiTUViT):
         return {
-            "encoder_hidden_states": (TEXT_LENGTH, c.encoder_hidden_size),
+            "encoder_hidden_states": (text_length, c.encoder_hidden_size),
             "cond_embeds": (c.cond_embed_dim,),
             "micro_conds": (c.micro_cond_embed_dim // c.micro_cond_encode_dim,),
         }
     if c.add_cross_attention:
-        return {"encoder_hidden_states": (TEXT_LENGTH, c.encoder_hidden_size)}
+        return {"encoder_hidden_states": (text_length, c.encoder_hidden_size)}
     return {}
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,6 +43,9 @@ class Step:
     use_ema: bool = False
     label_smoothing: float = 0.0
     condition: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shape of a row, by name
+    soft_codes: int = 0  # codes of a soft target
+    predicts_first: float = 0.0  # share of the steps, of a self-conditioned model
+    judged: int = 0  # codes of a row that a self-critic judges
 
 
 @dataclass
@@ -69,7 +73,7 @@ def count_step(model: TokenTransformer, step: Step, device: Device = "cuda") -> 
         weights = ledger.bytes
         ema = EMA(model) if step.use_ema else None
         averaged = ledger.bytes - weights
-        optimizer = make_optimizer(model, step.optimizer, 1e-3, (0.9, 0.999), 0.01, 1e-8)
+        optimizer = optimizer_of(model, step.optimizer)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes its state
@@ -80,6 +84,9 @@ def count_step(model: TokenTransformer, step: Step, device: Device = "cuda") -> 
             for module in (loss_module, *model.layers()):  # layers: to recompute them alike
                 module.forward = like_gpu(module.forward)  # type: ignore[method-assign]
         ledger.peak, ledger.flops = ledger.bytes, 0
+        if step.predicts_first:  # without gradients: never where memory is fullest
+            predict(loss_module, step, inputs)
+        first = round(step.predicts_first * ledger.flops)
         for _ in range(min(step.passes, 2)):  # further ones are like the second
             bytes_before, ledger.flops = ledger.bytes, 0
             with autocast(step.precision):
@@ -87,7 +94,7 @@ def count_step(model: TokenTransformer, step: Step, device: Device = "cuda") -> 
             activations = ledger.bytes - bytes_before
             total.backward()
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        flops, ledger.flops = ledger.flops * step.passes, 0
+        flops, ledger.flops = (ledger.flops + first) * step.passes, 0
         optimizer.step()
         if ema is not None:
             ema.update(model)
@@ -113,13 +120,53 @@ def without_data(model: TokenTransformer) -> TokenTransformer:
 
 def make_inputs(step: Step) -> dict[str, Tensor]:
     """The keywords of MaskedLoss for one pass; the values mean nothing."""
-    shape = (step.rows, step.length)
-    return {
-        "input_ids": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.zeros(shape, dtype=torch.long),
-        "positions": torch.zeros(step.scored, dtype=torch.long),
+
+    def ids(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long)
+
+    made = {
+        "input_ids": ids(step.rows, step.length),
+        "labels": ids(step.rows, step.length),
+        "positions": ids(step.scored),
         **{name: torch.zeros(step.rows, *row) for name, row in step.condition.items()},
     }
+    if step.soft_codes:
+        made["soft_ids"] = ids(step.scored, step.soft_codes)
+        made["soft_weights"] = torch.zeros(step.scored, step.soft_codes)
+    if step.judged:
+        made |= {"bucket": ids(step.scored), "codes": ids(step.rows, step.judged)}
+        made |= {"draw": torch.zeros(step.scored), "critic_weight": torch.zeros(step.rows)}
+    return made
+
+
+def predict(loss_module: MaskedLoss, step: Step, inputs: dict[str, Tensor]) -> None:
+    """The forward pass whose prediction a self-conditioned model is given."""
+    given = {name: inputs[name] for name in ("input_ids", *step.condition)}
+    with autocast(step.precision):
+        loss_module.predict(given, inputs["positions"], inputs["input_ids"])
+
+
+def optimizer_of(model: TokenTransformer, name: str) -> Optimizer:
+    """The run's optimizer; what needs a library and a GPU stood in for."""
+    if name == "8bit_adamw":
+        return EightBitStates(model.parameters(), {})
+    return make_optimizer(model, name, 1e-3, (0.9, 0.999), 0.01, 1e-8)
+
+
+class EightBitStates(Optimizer):
+    """The states of bitsandbytes' AdamW8bit: bytes with a scale for 256 each; small ones float32.
+
+    Source: Dettmers et al. 2022, and the defaults of that library (min_8bit_size).
+    """
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            size, state = parameter.numel(), self.state[parameter]
+            if not state and size < 4096:
+                state["moments"] = torch.zeros(2, size)
+            elif not state:
+                state["moments"] = torch.zeros(2, size, dtype=torch.uint8)
+                state["scales"] = torch.zeros(2, -(-size // 256))
 
 
 def autocast(precision: str) -> torch.autocast:
