@@ -226,7 +226,7 @@ def test_an_input_that_stalls_holds_up_neither_what_is_before_it_nor_a_stop_sign
     wait_until(is_being_read)
     try:
         wait_until(lambda: finished_shards(tmp_path / "store"))  # in a batch that is not full
-        assert seconds_to_stop(forker, child) < 5
+        assert seconds_to_stop(forker, child) < 20
     finally:
         os.close(ends[0])  # the end of the file for `cat`
     assert [*finished_shards(tmp_path / "store")] == ["0"]
@@ -245,5 +245,5 @@ def test_a_stop_signal_ends_a_run_whose_samples_are_all_rejected(
     )
     wait_until((tmp_path / "store/expected.json").exists)
     time.sleep(0.5)
-    assert seconds_to_stop(forker, child) < 5
+    assert seconds_to_stop(forker, child) < 20
     assert not finished_shards(tmp_path / "store")
