@@ -137,7 +137,7 @@ def _add_new_stores(add: Add) -> None:
 
     command = add(
         split, "split data/store data/train data/validation --fraction 0.95\n"
-        "split data/store data/pretty data/rest --where 'aesthetic >= 6'"
+        "split data/store data/pretty data/rest --where 'aesthetic_score >= 6'"
     )  # fmt: skip
     _store(command)
     command.add_argument("out_a", type=_folder, help="new store of the samples that are chosen")
@@ -162,7 +162,7 @@ def _add_new_stores(add: Add) -> None:
 
 def _add_exchange(add: Add) -> None:
     command = add(
-        export, "export data/store out/tars --format webdataset --where 'aesthetic >= 6'\n"
+        export, "export data/store out/tars --format webdataset --where 'aesthetic_score >= 6'\n"
         "export data/store out/tables --format parquet --rows-per-file 100000"
     )  # fmt: skip
     _store(command)

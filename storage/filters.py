@@ -1,6 +1,6 @@
 """Filters: a condition on table columns, written as text, as a pyarrow expression.
 
-    aesthetic >= 5 and not watermark > 0.5
+    aesthetic_score >= 5 and not watermark_score > 0.5
     class_id in [1, 7] and caption is not None and len(caption) < 200
     "dog" in caption or original_width * original_height >= 65536
 

@@ -1,6 +1,7 @@
 """muse-evaluate: how good generated pictures are, and how good the tokenizer is. Step 9, judged.
 
     muse-evaluate config=configs/evaluate/fashion_mnist.yaml generated=FOLDER output_dir=FOLDER
+    muse-evaluate captions …      (pictures for prompts: see evaluate_captions.py)
 
 A classifier trained on real pictures (evaluation/classifier.py) is asked about generated ones
 (sub-folders named by class id, as muse-generate writes them). n of these and n real test pictures
@@ -23,6 +24,7 @@ from omegaconf import MISSING
 from configs.load import load_command_config
 from storage.atomic import atomic_file
 from storage.fingerprint import fingerprint
+from train_stage.evaluate_captions import main as evaluate_captions
 from train_stage.evaluation.classifier import (
     PictureClassifier,
     classify,
@@ -75,6 +77,9 @@ class EvaluateConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs muse-evaluate; returns the exit status (0 good, 2 unusable input)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["captions"]:
+        return evaluate_captions(argv[1:])
     config = load_command_config(EvaluateConfig, argv, __doc__ or "")
     try:
         results = evaluate(config)

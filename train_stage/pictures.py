@@ -196,6 +196,28 @@ def read_pictures(
     return stacked, torch.tensor(class_ids), names
 
 
+def read_captioned(path: str | Path, resolution: int) -> tuple[torch.Tensor, list[str]]:
+    """Pictures (N, 3, R, R) uint8 and captions of webdataset tars (image and txt), or a folder's.
+
+    Raises FileNotFoundError where there are none, ValueError naming a sample that lacks one.
+    """
+    folder = Path(path)
+    tars = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else str(path)
+    found: list[torch.Tensor] = []
+    captions: list[str] = []
+    dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)  # type: ignore[attr-defined]
+    for sample in tqdm(dataset, desc=f"read {path}", unit=" pictures", disable=None):
+        name = f"{sample['__url__']}:{sample['__key__']}"
+        image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+        if image is None or "txt" not in sample:
+            raise ValueError(f"{name} has no image or no txt; it has {sorted(sample)}")
+        found.append(torch.from_numpy(_decode(name, image, resolution).pixels[0]))
+        captions.append(sample["txt"].decode())
+    if not found:
+        raise FileNotFoundError(f"{path} holds no webdataset tars with captions")
+    return torch.stack(found), captions
+
+
 def _folder_items(folder: Path, limit: int | None) -> tuple[list[str], Iterator[Item]]:
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     files = [

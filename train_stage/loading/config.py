@@ -31,7 +31,7 @@ class DatasetConfig:
     codes_column: str = "codes"
     """The array column of the store that holds the codes."""
     filter: str | None = None
-    """Train on rows that pass, as "aesthetic >= 5 and watermark < 0.5"; any table column."""
+    """Train on rows that pass, as "aesthetic_score >= 5 and nsfw_score < 0.5"; any table column."""
     views: Views = "all"
     """all: every view of an image comes once an epoch; one: one of them, another every epoch."""
     shuffle: Shuffle = "full"
