@@ -7,10 +7,11 @@
 # their work and exit with 75, "not finished", and the job is put back into the queue. Never TERM:
 # sent to srun it kills the tasks at once, and as a job's own signal it also means scancel.
 #
-# 0 is done, 2 refused, 3 done but for inputs that cannot be read: trying again helps with none of
-# them. Every other status is a crash, which is tried again RETRIES times; a shard that got finished
-# in between gives the whole number back. Which were crashes, and how much there was to do before
-# each ("task … to do"), is read from the job's own log.
+# 0 is done, 2 refused, 3 done but for inputs that cannot be read, 76 replaced by a newer job in the
+# same run directory: trying again helps with none of them. Every other status is a crash, which is
+# tried again RETRIES times; a shard that got finished in between gives the whole number back. Which
+# were crashes, and how much there was to do before each ("task … to do"), is read from the job's own
+# log.
 
 if [[ -f ${MUSE_SITE=slurm/site.env} ]]; then
     set -a
@@ -39,7 +40,7 @@ run_and_requeue() {
     # warned before it could listen (USR1), or by the first task to leave with 75 (TERM)
     if ((status == 138 || status == 143)) && [[ $warned ]]; then status=75; fi
     case $status in
-    0 | 2 | 3) ;;
+    0 | 2 | 3 | 76) ;;
     75) requeue "$job" ;;
     *)
         echo "crashed with status $status"

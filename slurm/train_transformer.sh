@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Stage two on one node or many: token store -> transformer.
 #
-#   sbatch slurm/train_transformer.sh config=configs/train/fashion_mnist.yaml
+#   sbatch slurm/train_transformer.sh                     (the demo's model, from `make demo`'s store)
+#   sbatch slurm/train_transformer.sh config=configs/train/imagenet.yaml dataset.train_store=…
 #   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 slurm/train_transformer.sh config=…
 #
 # Arguments go to muse-train; one task a GPU. A warning before preemption or the time limit saves a
@@ -19,6 +20,7 @@ cd "$SLURM_SUBMIT_DIR"
 source slurm/requeue.sh
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+(($#)) || set -- "config=${MUSE_TRAIN_CONFIG:-configs/train/fashion_mnist.yaml}"
 export MASTER_ADDR=${MUSE_MASTER_ADDR:-$first} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # srun starts one Python a task; these four names are what torch.distributed reads
@@ -27,4 +29,5 @@ run_and_requeue "$SLURM_JOB_ID" 0 \
     srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --label bash -c '
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
         export LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[(,]*}
-        exec "$@"' task "${MUSE_PYTHON:-python}" -m train_stage.train "$@"
+        exec "$@"' task "${MUSE_PYTHON:-python}" -m train_stage.train \
+    experiment.grace_s=150 "$@"  # it saves half a minute before the end at the latest

@@ -60,10 +60,11 @@ def requeued(tmp_path):
     return len(lines)
 
 
-@pytest.mark.parametrize("status", [0, 2, 3, 75])
+@pytest.mark.parametrize("status", [0, 2, 3, 75, 76])
 def test_only_75_requeues_and_the_status_is_kept(tmp_path, start, status):
     assert start("sh", "-c", f"exit {status}").wait() == status
     assert requeued(tmp_path) == (status == 75)
+    assert "crashed" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,26 @@ def test_a_crash_before_anything_was_read_is_no_progress(tmp_path, start):
         assert requeued(tmp_path) == count
     assert start("false", retries=0).wait() == 1
     assert requeued(tmp_path) == 2
+
+
+@pytest.mark.parametrize("default", [None, "configs/train/imagenet.yaml"])
+def test_training_without_words_has_a_configuration(environment, tmp_path, default):
+    fake = tmp_path / "srun"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\n')
+    fake.chmod(0o755)
+    slurm = {"SUBMIT_DIR": ROOT, "JOB_ID": 7, "JOB_NODELIST": "n", "CPUS_PER_TASK": 1}
+    known = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    if default is not None:
+        known["MUSE_TRAIN_CONFIG"] = default
+    for given in ([], ["config=mine.yaml", "experiment.grace_s=20"]):
+        job = ["bash", SLURM / "train_transformer.sh", *given]
+        subprocess.run(job, env=environment | known, check=True, stdout=subprocess.DEVNULL)
+        words = (tmp_path / "words").read_text().splitlines()
+        config = default or "configs/train/fashion_mnist.yaml"
+        assert words[words.index("-m") + 1 :] == [
+            *["train_stage.train", "experiment.grace_s=150"],
+            *(given or [f"config={config}"]),
+        ]
 
 
 def submit(environment, *words):
