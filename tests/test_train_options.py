@@ -106,17 +106,6 @@ def test_eval_loss_has_the_same_masks_every_time(store, tmp_path):
     assert len(found) == 3 and len(set(found)) == 1
 
 
-def test_wandb_offline_needs_no_account(store, tmp_path):
-    """And a run that goes on is the same run there."""
-    for steps in (6, 12):
-        options = ["wandb.mode=offline", f"training.max_train_steps={steps}"]
-        train(store, tmp_path / "run", *options)
-    name = (tmp_path / "run" / "wandb_id").read_text()
-    written = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert [path.name for path in written] == [f"run-{name}.wandb"] * len(written)
-    assert written
-
-
 def test_scale_lr_scales(store, tmp_path):
     lines = train(store, tmp_path / "run", "optimizer.params.scale_lr=true")
     peak = max(line["learning_rate"] for line in lines)

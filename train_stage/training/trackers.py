@@ -19,6 +19,7 @@ from accelerate.tracking import TensorBoardTracker, WandBTracker
 from PIL import Image
 
 from configs.load import ConfigError, dump_config
+from storage.atomic import atomic_file
 from train_stage.config import TrainConfig
 from train_stage.reporting.history import STARTS
 from train_stage.training.metrics import StepWork, codes_an_image
@@ -59,7 +60,8 @@ def wandb_options(run: Run) -> dict[str, Any]:
     """wandb.init's keywords; the id is the run directory's for ever."""
     id_file = run.path / "wandb_id"
     if not id_file.is_file():
-        id_file.write_text(uuid.uuid4().hex[:12])
+        with atomic_file(id_file) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:12])
     return {
         "id": id_file.read_text(),
         "resume": "allow",
