@@ -32,8 +32,10 @@ from train_stage.config import TrainConfig
 from train_stage.models.sizes import SCALED_DOWN
 from train_stage.train import main as train
 from train_stage.training.dry_run import Plan, make_plan, summary
+from train_stage.training.process_memory import PEAK
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+README = (CONFIGS.parent / "README.md").read_text()
 TRAIN = sorted((CONFIGS / "train").glob("*.yaml"))
 MADE_BY = {  # the recipe of the store, for the stages of the plan
     "imagenet": "imagenet_f16",
@@ -234,6 +236,19 @@ def test_the_header_is_what_is_counted(stage, plans):
     right = summary(plans(stage)) + "."
     lines = textwrap.wrap(right, 100, initial_indent="# ", subsequent_indent="# ")
     assert re.sub(r"\s+", " ", right) in header, "its header is to say:\n" + "\n".join(lines)
+
+
+@pytest.mark.parametrize("stage", MADE_BY)
+def test_the_readme_has_the_same_numbers(stage, plans):
+    plan, training = plans(stage), plans(stage).config.training
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{stage}` |"))
+    parameters = sum(p.numel() for p in plan.model.parameters())
+    assert [cell.strip() for cell in row.split("|")][4:-1] == [
+        f"{parameters / 1e6:.1f} M",
+        f"{training.max_train_steps:,} of {training.global_batch_size:,}",
+        f"{plan.memory[PEAK] / 1e9:.1f}",
+        f"{plan.gpu_hours(0.4):.0f}",
+    ]
 
 
 def test_the_whole_model_is_that_of_the_literature(plans):

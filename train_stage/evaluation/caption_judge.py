@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from storage.pretrained import PretrainedModel
 from tokenize_stage.text.text_encoder import TextEncoder
 from train_stage.evaluation.classifier import PictureClassifier
+from train_stage.evaluation.fit import fit
 
 SHIFT = 2  # pixels that a training picture is moved at most
 
@@ -78,33 +78,18 @@ def train_judge(
 ) -> CaptionJudge:
     """Trains on pictures (n, 3, R, R) uint8 and the numbers (n,) of their captions among (C, D).
 
-    generator (CPU) gives the first weights, the order and the shifts. In eval mode afterwards.
+    generator (CPU) gives the first weights, the order and the shifts.
     """
     judge = CaptionJudge(text_width=sentences.shape[1], width=width)
-    for weight in (p for p in judge.parameters() if p.ndim > 1):
-        nn.init.kaiming_normal_(weight, generator=generator)
-    judge = judge.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     sentences = sentences.to(device)
-    steps_per_epoch = len(pictures) // batch_size
-    if not steps_per_epoch:
-        raise ValueError(f"{len(pictures)} pictures are less than one batch of {batch_size}")
-    steps = epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.2)
-    bar = tqdm(total=steps * batch_size, desc="judge", unit=" pictures", disable=None)
-    for _ in range(epochs):
-        order = torch.randperm(len(pictures), generator=generator)
-        for rows in order[: steps_per_epoch * batch_size].split(batch_size):
-            shift = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
-            moved = pictures[rows].roll(shift, (2, 3)).to(device)
-            loss = F.cross_entropy(judge(moved, sentences), targets[rows].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.update(batch_size)
-    bar.close()
-    return judge.eval()
+
+    def loss_of(rows: Tensor) -> Tensor:
+        shift = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
+        moved = pictures[rows].roll(shift, (2, 3)).to(device)
+        return F.cross_entropy(judge(moved, sentences), targets[rows].to(device))
+
+    fit(judge, loss_of, len(pictures), generator, epochs, batch_size, learning_rate, device)
+    return judge
 
 
 @torch.inference_mode()

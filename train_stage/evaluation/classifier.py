@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from storage.pretrained import PretrainedModel
+from train_stage.evaluation.fit import fit
 
 
 @dataclass
@@ -72,32 +72,16 @@ def train_classifier(
 ) -> PictureClassifier:
     """Trains on pictures (n, 3, H, W) uint8 and their class ids (n,); returns it in eval mode.
 
-    generator (CPU) gives the first weights and the order. An incomplete last batch is left out.
+    generator (CPU) gives the first weights and the order.
     """
     model = PictureClassifier(num_classes=num_classes)
-    for weight in (p for p in model.parameters() if p.ndim > 1):
-        nn.init.kaiming_normal_(weight, generator=generator)
-    nn.init.zeros_(model.head.bias)
-    model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    steps_per_epoch = len(pictures) // batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"{len(pictures)} pictures are less than one batch of {batch_size}")
-    steps = epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.2)
-    bar = tqdm(total=steps * batch_size, desc="classifier", unit=" pictures", disable=None)
-    for _ in range(epochs):
-        order = torch.randperm(len(pictures), generator=generator)
-        for rows in order[: steps_per_epoch * batch_size].split(batch_size):
-            logits = model(pictures[rows].to(device))
-            loss = F.cross_entropy(logits, class_ids[rows].to(device), label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.update(batch_size)
-    bar.close()
-    return model.eval()
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        logits = model(pictures[rows].to(device))
+        return F.cross_entropy(logits, class_ids[rows].to(device), label_smoothing=0.05)
+
+    fit(model, loss_of, len(pictures), generator, epochs, batch_size, learning_rate, device)
+    return model
 
 
 @torch.inference_mode()
