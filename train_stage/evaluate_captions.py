@@ -23,7 +23,6 @@ from torch import Tensor
 from configs.load import load_command_config
 from storage.atomic import write_json
 from storage.fingerprint import fingerprint
-from tokenize_stage.text.text_encoder import TextEncoder
 from train_stage.evaluation.caption_judge import (
     CaptionJudge,
     find_captions,
@@ -86,8 +85,7 @@ def evaluate_captions(config: CaptionsConfig) -> dict[str, Any]:
     test, test_captions = read_captioned(config.test, resolution)
     captions = list(dict.fromkeys([*train_captions, *test_captions, *prompts]))
     number = {caption: index for index, caption in enumerate(captions)}
-    encoder = TextEncoder.from_pretrained(config.text_encoder).to(device)
-    sentences = sentence_vectors(encoder, captions)
+    sentences = sentence_vectors(config.text_encoder, captions, device)
     known = len(set(train_captions))  # they come first
     targets = torch.tensor([number[caption] for caption in train_captions])
     judge = load_or_train(config, train, targets, sentences[:known], device)

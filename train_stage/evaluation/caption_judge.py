@@ -54,9 +54,15 @@ class CaptionJudge(PretrainedModel):
 
 @torch.no_grad()
 def sentence_vectors(
-    encoder: TextEncoder, captions: Sequence[str], batch_size: int = 256
+    text_encoder: str, captions: Sequence[str], device: torch.device, batch_size: int = 256
 ) -> Tensor:
-    """The mean of each caption's states, of length 1: (C, D) on the CPU."""
+    """The mean of each caption's states, of length 1: (C, D) on the CPU.
+
+    text_encoder: a folder or hub name, see TextEncoder.
+    """
+    encoder = TextEncoder.from_pretrained(text_encoder).to(device)
+    longest = max(map(len, encoder.tokenizer(list(captions), verbose=False).input_ids))
+    encoder.max_length = min(encoder.max_length, longest)  # padding costs as much as words
     parts = []
     for first in range(0, len(captions), batch_size):
         made = encoder.encode(captions[first : first + batch_size], pooled=False)
