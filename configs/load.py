@@ -51,7 +51,10 @@ def load_config(schema: type[Schema], argv: list[str] | None = None) -> Schema:
         layers.append(_read_yaml(path))
     layers.append(_read_words(overrides))
     for layer in layers[1:]:
-        _refuse_unknown(schema, OmegaConf.to_container(layer))
+        given = OmegaConf.to_container(layer)
+        _refuse_unknown(schema, given)
+        for key in _unquoted_no(schema, given):
+            OmegaConf.update(layer, key, "no")
     return _build(layers, path)
 
 
@@ -178,6 +181,16 @@ def _refuse_unknown(schema: type, given: Any, prefix: str = "") -> None:
         section = fields[key].metadata.get("schema", hints[key])
         if dataclasses.is_dataclass(section) and isinstance(value, dict):
             _refuse_unknown(typing.cast(type, section), value, f"{prefix}{key}.")
+
+
+def _unquoted_no(schema: type, given: Any, prefix: str = "") -> Iterator[str]:
+    """Full keys of `no`, which YAML takes for False, where "no" is a legal word."""
+    hints = typing.get_type_hints(schema)
+    for key, value in (given or {}).items():
+        if value is False and "no" in typing.get_args(hints[key]):
+            yield f"{prefix}{key}"
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            yield from _unquoted_no(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
 
 
 def _walk(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

@@ -130,3 +130,12 @@ def test_docstrings_of_all_options():
     for schema in SCHEMAS.values():
         for key, _, _, words in _walk(schema):
             assert words, f"{schema.__name__}: {key} has no sentence"
+
+
+@pytest.mark.parametrize("words", [["training.mixed_precision=no"], ["config={}"]])
+def test_a_no_without_quotes_is_a_word_where_it_is_legal(tmp_path, words):
+    (tmp_path / "own.yaml").write_text("training:\n  mixed_precision: no\n  use_ema: no\n")
+    words = [word.format(tmp_path / "own.yaml") for word in words]
+    given = ["experiment.output_dir=x", "training.max_train_steps=1"]
+    config = load_config(TrainConfig, [*words, *given, "optimizer.params.learning_rate=1"])
+    assert config.training.mixed_precision == "no" and config.training.use_ema is False
