@@ -82,7 +82,8 @@ class Conditioner:
         if self.class_texts is not None:
             made = take_rows(self.class_texts, batch.class_ids.to(self.device, non_blocking=True))
         else:
-            made = combine([s.encode_rows(batch.columns) for s in self.encoder.sources])
+            parts = [source.encode_rows(batch.columns) for source in self.encoder.sources]
+            made = combine(parts, self.encoder.pooling)
         is_dropped = dropped.to(self.device, non_blocking=True)
         if self.empty is None:
             given = as_keywords(made) | {"dropped": is_dropped}

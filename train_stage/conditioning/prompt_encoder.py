@@ -1,7 +1,7 @@
 """Prompts -> what guides a model, by one text encoder or several together (steps 7 and 8).
 
 The states of several follow one another, narrower ones filled with zeros up to the widest; the
-pooled vector is that of the first that projects one (Esser et al. 2024).
+pooled vector is that of the first that projects one (Esser et al. 2024), else of the first.
 P prompts, S positions of all encoders, W width of the widest, C width of the pooled vector.
 """
 
@@ -33,7 +33,14 @@ class PromptEncoder:
     @property
     def widths(self) -> tuple[int, int]:
         """W and C."""
-        return max(source.widths[0] for source in self.sources), self.sources[0].widths[1]
+        states = max(source.widths[0] for source in self.sources)
+        return states, self.sources[self.pooling].widths[1]
+
+    @property
+    def pooling(self) -> int:
+        """Which source gives the pooled vector: the first that projects one, else the first."""
+        found = (number for number, source in enumerate(self.sources) if source.projects)
+        return next(found, 0) if len(self.sources) > 1 else 0
 
     @property
     def length(self) -> int:
@@ -57,7 +64,7 @@ class PromptEncoder:
             raise ValueError(
                 f"clip_skip={clip_skip}: this model's texts are encoded as in its training"
             )
-        return combine([source.encode_prompts(prompts) for source in self.sources])
+        return combine([source.encode_prompts(prompts) for source in self.sources], self.pooling)
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """Those of the prompts that some encoder does not read to their end."""
@@ -79,18 +86,19 @@ class PromptEncoder:
         )
 
 
-def combine(parts: Sequence[TextStates]) -> TextStates:
-    """Several encoders' states of the same texts as one sequence. See the module."""
+def combine(parts: Sequence[TextStates], pooling: int = 0) -> TextStates:
+    """Several encoders' states of the same texts as one sequence, with the pooled vector of one.
+
+    In the widest of their dtypes. See the module.
+    """
     if len(parts) == 1:
         return parts[0]
     width = max(part.states.shape[-1] for part in parts)
     states = [F.pad(part.states, (0, width - part.states.shape[-1])) for part in parts]
-    dtype = states[0].dtype
     mask = None
     if any(part.attention_mask is not None for part in parts):
         mask = torch.cat([_mask_of(part) for part in parts], 1)
-    whole = torch.cat([values.to(dtype) for values in states], 1)
-    return TextStates(whole, parts[0].pooled, mask)
+    return TextStates(torch.cat(states, 1), parts[pooling].pooled, mask)
 
 
 def _mask_of(part: TextStates) -> Tensor:

@@ -77,14 +77,24 @@ class TextSource:
         """What a batch is to hold."""
         if not self.record.reads_states:
             return (f"text_ids_{self.name}", f"text_length_{self.name}")
-        pooled = (f"text_pooled_{self.name}",) if self._stores_pooled else ()
+        pooled = (f"text_pooled_{self.name}",) if self.wants_pooled and self.projects else ()
         return (f"text_states_{self.name}", f"text_length_{self.name}", *pooled)
 
-    @cached_property
+    @property
     def widths(self) -> tuple[int, int]:
-        """W and C; without a projection the pooled vector is a mean of states."""
-        states, pooled = read_widths(self.record.pretrained)
-        return states, pooled or states
+        """W and C; where no pooled vector is projected, it is a mean of states."""
+        states, projected = self._own_widths
+        return states, projected if self.projects and projected else states
+
+    @property
+    def projects(self) -> bool:
+        """Whether states are those before the last layer, and a projected vector is beside them.
+
+        As the stored states were made, else where a pooled vector is read.
+        """
+        if self.record.reads_states and self.record.encoder is not None:
+            return self.record.encoder["layer"] == BEFORE_LAST
+        return self.wants_pooled and self._own_widths[1] is not None
 
     @property
     def length(self) -> int:
@@ -142,16 +152,16 @@ class TextSource:
         lengths = tokens.attention_mask.sum(-1)
         return self._finish(self._run(tokens.input_ids, lengths), lengths)
 
-    @property
-    def _takes_layer_before_last(self) -> bool:
-        """As the stored states were made, else where a pooled vector is read beside them."""
-        if self.record.reads_states and self.record.encoder is not None:
-            return self.record.encoder["layer"] == BEFORE_LAST
-        return self.wants_pooled and self.encoder.has_projection
-
-    @property
-    def _stores_pooled(self) -> bool:
-        return self.wants_pooled and self._takes_layer_before_last
+    @cached_property
+    def _own_widths(self) -> tuple[int, int | None]:
+        try:
+            return read_widths(self.record.pretrained)
+        except FileNotFoundError as error:
+            key = f"model.text_encoders.{self.name}"
+            raise FileNotFoundError(
+                f"{key}: {error} Give its folder by {key}.pretrained=…; stored states need it, "
+                "too, for the empty text and for prompts"
+            ) from None
 
     @property
     def _hides_padding(self) -> bool:
@@ -160,13 +170,14 @@ class TextSource:
         return not type(self.encoder.model).__name__.startswith("CLIP")  # shown, as published
 
     def _run(self, ids: Tensor, lengths: Tensor) -> TextStates:
-        return self.encoder.encode_ids(ids, self._takes_layer_before_last, lengths=lengths)
+        return self.encoder.encode_ids(ids, self.projects, lengths=lengths)
 
     def _finish(self, made: TextStates, lengths: Tensor) -> TextStates:
         """With the pooled vector where it is read, and a mask where padding is hidden."""
         own = torch.arange(made.states.shape[1], device=self.device) < lengths[:, None]  # (b, S)
         pooled = made.pooled
         if pooled is None:
-            pooled = (made.states * own.unsqueeze(-1)).sum(1) / lengths[:, None].clamp(min=1)
+            pooled = (made.states.float() * own.unsqueeze(-1)).sum(1)
+            pooled = pooled / lengths[:, None].clamp(min=1)
         mask = own if self._hides_padding else None
         return TextStates(made.states, pooled if self.wants_pooled else None, mask)

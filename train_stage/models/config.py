@@ -93,8 +93,13 @@ def model_fields(
                 f"has {value}: drop the override, it follows the store"
             )
     made = {**derived, **given, **text_fields(config, text_widths)}
-    if config.architecture == "transformer" and text_widths is None:
+    if config.architecture == "transformer" and (text_widths is None or made.get("num_classes")):
         made = with_classes(made, largest_class_id)
+    if config.null_condition != "learned" and made.get("null_text_length"):
+        raise ConfigError(
+            f"model.transformer.null_text_length={made['null_text_length']} is the length of a "
+            "learned text: give model.null_condition=learned, or drop it"
+        )
     build_section(CONFIGS[config.architecture], made, "model.transformer")
     return made
 

@@ -102,7 +102,16 @@ def make_eval_loader(
         raise StoreMismatch(f"{other.path} and {store.path} number other classes")
     check_columns([store, other], columns)
     loader = make_loader(config, [Source(other)], global_batch, accelerator, None, columns)
-    if loader.largest_class_id >= (model.config.num_classes or 0):
+    known = known_classes(config, store, model)
+    if known is not None and loader.largest_class_id >= known:
         found = f"class ids up to {loader.largest_class_id}"
-        raise StoreMismatch(f"{other.path} has {found}, the model {model.config.num_classes}")
+        raise StoreMismatch(f"{other.path} has {found}, the model knows {known} classes")
     return loader
+
+
+def known_classes(config: TrainConfig, store: TokenStore, model: TokenTransformer) -> int | None:
+    """How many classes the model was told of; None where it reads captions, and no classes."""
+    if config.model.class_prompt is not None:
+        return len(store.meta.transform.get("class_names") or [])
+    known = getattr(model.config, "num_classes", None)  # a U-ViT has none
+    return None if known is None and config.model.text_encoders else known or 0
