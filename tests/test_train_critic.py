@@ -112,6 +112,20 @@ def test_self_conditioning_against_all_logits(monkeypatch):
     torch.testing.assert_close(never, without.detach())
 
 
+def test_codes_that_are_seen_have_no_earlier_prediction():
+    """As in sampling, though they are predicted, too."""
+    model = tiny_model(self_conditioning=True)
+    masked = mask(model, self_conditioning_prob=1.0, predict_all_tokens=True)
+    given = []
+    model.embed.register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    with torch.no_grad():
+        first = model(masked.input_ids)[:, 1:, :K].argmax(-1)
+    run(model, masked)
+    hidden = masked.input_ids[:, 1:] == model.mask_token_id
+    assert torch.equal(given[-1][:, 1:], torch.where(hidden, first, model.mask_token_id))
+    assert (given[-1][:, 0] == model.mask_token_id).all() and not hidden.all()
+
+
 def test_half_of_the_steps_condition_on_themselves():
     model, config = tiny_model(self_conditioning=True), TrainingConfig(max_train_steps=1)
     coins = [predicts_first(model, config, 42, step) for step in range(2000)]

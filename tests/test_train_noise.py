@@ -249,6 +249,8 @@ def test_what_is_missing_is_named():
         TrainingConfig(max_train_steps=1, critic="token")
     with pytest.raises(ConfigError, match="soft_code_temp=0"):
         TrainingConfig(max_train_steps=1, soft_code_temp=0.0)
+    with pytest.raises(ValueError, match="mask_contiguous_region_prob=1.5: legal are 0 to 1"):
+        TrainingConfig(max_train_steps=1, mask_contiguous_region_prob=1.5)
     with pytest.raises(ConfigError, match="give training.soft_targets=stored"):
         TrainingConfig(max_train_steps=1, use_stochastic_code=True)
 

@@ -107,6 +107,14 @@ def test_sums_by_hand():
     assert metrics["loss_masked_0_10"] == 0.0 and metrics["loss_masked_90_100"] == 5.5
 
 
+def test_sums_of_an_earlier_version_are_read():
+    """Those that came later count nothing yet."""
+    flat = torch.arange(1.0, 1 + len(Sums.zeros(torch.device("cpu")).flat()))
+    sums = Sums.from_flat(flat[:-3])
+    assert torch.equal(sums.flat(), torch.cat([flat[:-3], torch.zeros(3)]))
+    assert not sums.critic_count and sums.loss == 1
+
+
 @pytest.mark.parametrize(
     ("options", "processes", "wanted"),
     [

@@ -98,6 +98,7 @@ def test_muse_train(folder, tmp_path, name):
 def test_what_does_not_fit_is_refused(folder, tmp_path, capsys):
     for words, message in [
         (["training.critic=self"], "critic_head=false"),
+        ([*RUNS["random"], "model.transformer.self_conditioning=true"], "would tell which"),
         ([CRITIC], "training.critic=null"),
         ([CRITIC, "training.critic=token"], "a generator go together"),
     ]:
@@ -111,6 +112,10 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, capsys):
     words = [CRITIC, "training.critic=token", f"training.critic_generator={tmp_path / 'other'}"]
     assert train(folder, tmp_path / "run", *words)[0] == 2
     assert "its codebook_size is 30, the critic's 60" in capsys.readouterr().err
+    other = MaskGitTransformer(**SMALL, codebook_size=60, num_vq_tokens=16, num_classes=9)
+    other.save_pretrained(tmp_path / "other")
+    assert train(folder, tmp_path / "run", *words)[0] == 2
+    assert "its num_classes is 9, the critic's 10" in capsys.readouterr().err
 
 
 def make_module(name):

@@ -24,6 +24,7 @@ from train_stage.conditioning.micro_conditions import (
 from train_stage.conditioning.prompt_encoder import PromptEncoder, combine
 from train_stage.conditioning.text_source import TextSource, choose_source
 from train_stage.loading.loader import Batch
+from train_stage.objective.masked_batch import send
 
 Keywords = dict[str, Tensor]
 
@@ -80,11 +81,11 @@ class Conditioner:
         A dropped row gets all that the empty text has, or is marked for the model's learned text.
         """
         if self.class_texts is not None:
-            made = take_rows(self.class_texts, batch.class_ids.to(self.device, non_blocking=True))
+            made = take_rows(self.class_texts, send(batch.class_ids, self.device))
         else:
             parts = [source.encode_rows(batch.columns) for source in self.encoder.sources]
             made = combine(parts, self.encoder.pooling)
-        is_dropped = dropped.to(self.device, non_blocking=True)
+        is_dropped = send(dropped, self.device)
         if self.empty is None:
             given = as_keywords(made) | {"dropped": is_dropped}
         else:
@@ -92,7 +93,7 @@ class Conditioner:
         if self.has_micro_conditions:
             score = self.config.aesthetic_score
             micro = micro_conditions(batch.columns, self.resolution, score)
-            given["micro_conds"] = micro.to(self.device, non_blocking=True)
+            given["micro_conds"] = send(micro, self.device)
         return given
 
     def for_prompts(self, prompts: Sequence[str]) -> Keywords:

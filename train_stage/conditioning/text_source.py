@@ -17,6 +17,7 @@ from storage.pretrained import weights_fingerprint
 from storage.reader import TokenStore
 from tokenize_stage.text.text_encoder import TextEncoder, TextStates, read_widths
 from train_stage.conditioning.config import TextEncoderConfig
+from train_stage.objective.masked_batch import send
 
 BEFORE_LAST = "before the last"  # the layer of stored states, as store.json says it
 
@@ -129,7 +130,7 @@ class TextSource:
 
     def encode_rows(self, columns: Mapping[str, Tensor]) -> TextStates:
         """Columns of b rows, on the host -> their states, on the device."""
-        moved = {name: columns[name].to(self.device, non_blocking=True) for name in self.columns}
+        moved = {name: send(columns[name], self.device) for name in self.columns}
         lengths = moved[f"text_length_{self.name}"].long()
         if not self.record.reads_states:
             return self._finish(self._run(moved[f"text_ids_{self.name}"].long(), lengths), lengths)

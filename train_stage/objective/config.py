@@ -63,6 +63,9 @@ class ObjectiveFields:
             "self_conditioning_prob",
         ):
             check_range(f"training.{name}", getattr(self, name), 0, 1)
+        if self.mask_contiguous_region_prob is not None:
+            name = "mask_contiguous_region_prob"
+            check_range(f"training.{name}", self.mask_contiguous_region_prob, 0, 1)
         check_range("training.soft_target_codes", self.soft_target_codes, 1)
         check_range("training.critic_weight", self.critic_weight, 0)
         check_range("training.log_entropy_every", self.log_entropy_every, 0)

@@ -129,7 +129,7 @@ class MaskedLoss(nn.Module):
         condition |= self.grid
         given = {"input_ids": input_ids, **condition}
         if previous is not None:
-            given["previous"] = self.predict(given, positions, previous)
+            given["previous"] = self.predict(given, positions, previous, bucket)
         out: dict[str, Tensor] = {} if bucket is None else {"bucket": bucket}
         teacher = self.generators[0] if self.generators else self.model  # whose codes are judged
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.generators):
@@ -174,10 +174,21 @@ class MaskedLoss(nn.Module):
         return scores._asdict() | {"weight": ones}
 
     @torch.no_grad()
-    def predict(self, given: dict[str, Any], positions: Tensor, previous: Tensor) -> Tensor:
-        """previous (b, T) with the model's best codes at the scored positions."""
+    def predict(
+        self,
+        given: dict[str, Any],
+        positions: Tensor,
+        previous: Tensor,
+        bucket: Tensor | None = None,
+    ) -> Tensor:
+        """previous (b, T) with the model's best codes at the scored positions that are hidden.
+
+        Where codes are visible sampling has no prediction, and so there is none here.
+        """
         features = features_at(self.model, {**given, "previous": previous}, positions)
         best = best_codes(features, *code_layer(self.model))
+        if bucket is not None:
+            best = torch.where(bucket < BUCKETS, best, previous.flatten()[positions])
         torch.clear_autocast_cache()  # torch 2.9 would use weights cast here, without gradient
         return previous.flatten().scatter(0, positions, best).view_as(previous)
 

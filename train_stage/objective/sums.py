@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train_stage.objective.buckets import BUCKETS
@@ -15,7 +16,7 @@ class Sums:
     """Running sums for the log, kept on the device until a log line needs them.
 
     Buckets are of the share of hidden codes of a row; one more is for visible codes that are
-    scored.
+    scored. A new sum is added at the end: checkpoints hold all as one vector.
     """
 
     loss: Tensor  # () what is minimised of the codes: smoothed, weighted
@@ -61,9 +62,10 @@ class Sums:
 
     @classmethod
     def from_flat(cls, flat: Tensor) -> "Sums":
-        """flat() backwards."""
+        """flat() backwards; sums that an earlier version did not have are zeros."""
         shapes = [shape_of(field.name) for field in fields(cls)]
-        parts = flat.split([shape.numel() for shape in shapes])
+        sizes = [shape.numel() for shape in shapes]
+        parts = F.pad(flat, (0, sum(sizes) - len(flat))).split(sizes)
         return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
 
     def flat(self) -> Tensor:

@@ -13,6 +13,17 @@ from train_stage.objective.chunked_loss import SoftTargets
 from train_stage.objective.loss import MaskedLoss
 from train_stage.objective.soft_targets import codebook_targets
 
+# fields of a token-critic and its generator, which are given the same codes and condition
+SAME_IN_BOTH = (
+    "codebook_size",
+    "vocab_size",
+    "num_classes",
+    "add_cross_attention",
+    "encoder_hidden_size",
+    "cond_embed_dim",
+    "null_text_length",
+)
+
 
 def make_loss(
     config: TrainConfig, model: TokenTransformer, tokenizer: Tokenizer, device: torch.device
@@ -26,6 +37,11 @@ def make_loss(
         raise ConfigError(
             f"training.critic={training.critic or 'null'}, but model.transformer.critic_head="
             f"{str(model.config.critic_head).lower()}: a critic needs its head, and a head training"
+        )
+    if model.config.self_conditioning and training.noise_type == "random_replace":
+        raise ConfigError(
+            "training.noise_type=random_replace, but model.transformer.self_conditioning=true: "
+            "predictions of hidden codes are given, and would tell which those are; take mask"
         )
     table = generator = None
     if training.soft_targets == "recomputed":
@@ -51,10 +67,16 @@ def nearest_codes(config: TrainConfig, tokenizer: Tokenizer, device: torch.devic
 
 
 def load_generator(path: str, model: TokenTransformer, device: torch.device) -> Transformer:
-    """The frozen model whose codes a token-critic judges."""
+    """The frozen model whose codes a token-critic judges; it reads the same condition."""
     generator = load_transformer(path).to(device).requires_grad_(False)
-    for name in ("codebook_size", "vocab_size"):
-        found, wanted = getattr(generator.config, name), getattr(model.config, name)
+    if not isinstance(generator, type(model)):
+        kinds = type(generator).__name__, type(model).__name__
+        raise ConfigError(
+            f"training.critic_generator={path} is a {kinds[0]}, the critic a {kinds[1]}: they must "
+            "be of one model.architecture"
+        )
+    for name in SAME_IN_BOTH:
+        found, wanted = (getattr(m.config, name, None) for m in (generator, model))
         if found != wanted:
             raise ConfigError(
                 f"training.critic_generator={path}: its {name} is {found}, the critic's {wanted}"
