@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +23,8 @@ from text_store import make_text_store
 
 from storage.reader import TokenStore
 from train_stage.generate import main as generate
-from train_stage.loading.loader import TokenLoader
+from train_stage.loading.loader import Source, TokenLoader
+from train_stage.loading.store_stream import Reading
 from train_stage.models.transformer import MaskGitTransformer
 from train_stage.objective.loss import MaskedLoss
 from train_stage.objective.masked_batch import mask_batch
@@ -58,6 +60,24 @@ def test_texts_are_validated_and_mixed(store, twin, tmp_path, words):  # noqa: F
     places = ["dataset.train_store=null", mixture, f"dataset.eval_store={twin}"]
     lines = run(store, tmp_path / "run", *places, *words, *EVAL, steps=2)
     assert lines[-1]["eval_loss"] > 0
+
+
+def test_stores_with_and_without_scores_are_mixed(store, encoders, tmp_path):  # noqa: F811
+    """Rows of the second are told the score of those whose score is not known."""
+    blank = make_text_store(tmp_path / "blank", {"clip": encoders["clip"]}, scores=False)
+    words = [*texts("clip", source="ids"), "model.aesthetic_score=5.5"]
+    conditioner = make(store, words, has_micro=True)
+    for reading in (Reading(), Reading(shuffle="window")):
+        sources = [Source(TokenStore(path)) for path in (store, blank)]
+        loader = TokenLoader(sources, 64, columns=conditioner.columns, reading=reading)
+        batch = loader.batch(0)
+        score = conditioner(batch, nothing_dropped(batch))["micro_conds"][:, 4].numpy()
+        known = (batch.sources == 0) & (batch.rows % 8 != 0)
+        np.testing.assert_allclose(score, np.where(known, 4 + batch.rows / 200, 5.5), rtol=1e-6)
+        assert 0 < (batch.sources == 0).sum() < 64
+    alone = make(blank, words, has_micro=True)
+    batch = batch_of(blank, alone)
+    assert (alone(batch, nothing_dropped(batch))["micro_conds"][:, 4] == 5.5).all()
 
 
 def test_names_of_classes_are_validated(tmp_path, encoders):  # noqa: F811

@@ -18,10 +18,13 @@ SUBJECTS = ["cat", "dog", "house", "bird", "moon"]
 CAPTION = "a photo of the {}"
 
 
-def make_text_store(folder, encoders, states=(), pooled=(), rows=200, class_names=False):
+def make_text_store(
+    folder, encoders, states=(), pooled=(), rows=200, class_names=False, scores=True
+):
     """Writes folder/vq and folder/store: 4 x 4 codes, text columns by `encoders` (NAME: folder).
 
-    Every tenth row has no caption, every eighth no aesthetic score. Returns the store's path.
+    Every tenth row has no caption, every eighth no aesthetic score, without `scores` none has.
+    Returns the store's path.
     """
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
@@ -35,7 +38,9 @@ def make_text_store(folder, encoders, states=(), pooled=(), rows=200, class_name
     meta = StoreMeta(8, arrays, {"codes": tokenizer}, backend="arrow")
     create_store(folder / "store", dataclasses.replace(meta, transform=transform))
     rng = np.random.default_rng(0)
-    extra = pa.schema([*text.fields, pa.field("aesthetic_score", pa.float32())])
+    score = {"aesthetic_score": [None if n % 8 == 0 else 4 + n / rows for n in range(rows)]}
+    fields = [pa.field(name, pa.float32()) for name in score] if scores else []
+    extra = pa.schema([*text.fields, *fields])
     with ShardWriter(folder / "store", "00000", "0.tar", extra_columns=extra) as writer:
         subjects = rng.integers(0, len(SUBJECTS), rows)
         captions = [CAPTION.format(SUBJECTS[s]) if i % 10 else None for i, s in enumerate(subjects)]
@@ -52,7 +57,7 @@ def make_text_store(folder, encoders, states=(), pooled=(), rows=200, class_name
                 "crop_left": numbers / 4,
                 "crop_height": np.full(rows, 16.0),
                 "crop_width": np.full(rows, 16.0),
-                "aesthetic_score": [None if n % 8 == 0 else 4 + n / rows for n in numbers],
+                **(score if scores else {}),
                 **text.columns(captions),
             }
         )

@@ -66,9 +66,7 @@ class Conditioner:
             texts = [*(config.class_prompt.format(name) for name in names), ""]
             self.class_texts = encode_all(encoder, texts)
         self.empty = None if self.learns_null else encoder.encode([""])
-        micro: tuple[str, ...] = ()
-        if has_micro_conditions:
-            micro = (*SIZES, SCORE) if SCORE in store.columns else SIZES
+        micro = (*SIZES, SCORE) if has_micro_conditions else ()
         self.has_micro_conditions = has_micro_conditions
         read = [] if self.class_texts else [c for s in encoder.sources for c in s.columns]
         self.columns: tuple[str, ...] = (*read, *micro)

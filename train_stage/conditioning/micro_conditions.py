@@ -16,14 +16,13 @@ SCORE = "aesthetic_score"
 def micro_conditions(
     columns: Mapping[str, Tensor], resolution: int, default_score: float
 ) -> Tensor:
-    """Columns (b,) of SIZES, and SCORE where the store has it -> (b, 5) float32.
+    """Columns (b,) of SIZES and SCORE -> (b, 5) float32.
 
-    resolution: the side that crop_height was resized to. For what is not known (NaN, or no column)
-    rows are told what unknown_conditions says.
+    resolution: the side that crop_height was resized to. For what is not known (NaN) rows are told
+    what unknown_conditions says.
     """
-    width, height, top, left, side = (columns[name].float() for name in SIZES)
+    width, height, top, left, side, score = (columns[name].float() for name in (*SIZES, SCORE))
     scale = resolution / side
-    score = columns.get(SCORE, torch.full_like(width, torch.nan)).float()
     told = torch.stack([width, height, top * scale, left * scale, score], dim=1)  # (b, 5)
     return torch.where(told.isnan(), unknown_conditions(resolution, default_score), told)
 

@@ -18,6 +18,7 @@ from storage.schema import StoreMismatch
 
 STATES, LENGTH = "text_states_", "text_length_"
 INTEGERS = ("class_id", LENGTH)  # columns so named come as int64, -1 for null
+OPTIONAL = ("aesthetic_score",)  # NaN for all rows of a store without it
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def find_column(store: TokenStore, name: str) -> Column:
                 f"{store.path}: {name!r} is {spec.dtype}; batches take 2 or 4 bytes"
             )
         return Column(name, "array", spec.dtype, tuple(spec.shape))
+    if name not in store.columns and name in OPTIONAL:
+        return Column(name, "number", "float32", ())
     if name not in store.columns:
         there = ", ".join([*store.meta.arrays, *store.columns])
         raise StoreMismatch(f"{store.path} has no column {name!r}; there are {there}")
@@ -115,9 +118,12 @@ def read_numbers(
         return {}
     count = len(store) if rows is None else len(rows)
     found = {column.name: np.empty(count, column.dtype) for column in columns}
-    for places, some in spans_of(store, rows, count):
-        table = store.table(list(found), some)
-        for name, values in found.items():
+    there = {name: values for name, values in found.items() if name in store.columns}
+    for name in found.keys() - there.keys():
+        found[name].fill(np.nan)
+    for places, some in spans_of(store, rows, count) if there else ():
+        table = store.table(list(there), some)
+        for name, values in there.items():
             cast = table[name].cast(pa.from_numpy_dtype(values.dtype), safe=False)
             cast = pc.fill_null(cast, -1 if values.dtype == np.int64 else np.nan)
             values[places] = cast.to_numpy()
