@@ -29,7 +29,7 @@ class ConditionFields:
     text_encoders: dict[str, TextEncoderConfig] = field(default_factory=dict)
     """NAME: text_ids_NAME or text_states_NAME of the store, where rows without a caption have the
     empty text. Of several, the states follow one another, narrower ones filled with zeros (Esser
-    et al. 2024)."""
+    et al. 2024); a U-ViT's pooled vector is of the first that projects one, as CLIP does."""
     class_prompt: str | None = None
     """The names of classes as text, as in "a photo of a {}"; instead of captions."""
     null_condition: Literal["empty", "learned"] = "empty"
