@@ -214,6 +214,29 @@ def test_other_data_is_refused(store, tmp_path, capfd):
     assert "cannot go on: store 0: content was" in message
 
 
+def test_another_optimizer_does_not_take_its_state(store, tmp_path, capfd):
+    run = tmp_path / "run"
+    assert run_to_end(arguments(store, run)) == 0
+    more, anew = "training.max_train_steps=14", "experiment.dont_resume_optimizer=true"
+    other = arguments(store, run, more, "optimizer.name=lion")
+    message = refused(other, capfd)
+    assert "the state of adamw, which lion cannot go on from" in message and anew in message
+    assert run_to_end([*other, anew]) == 0
+    third = arguments(store, run, "training.max_train_steps=16", "optimizer.name=muon", anew)
+    assert run_to_end(third) == 0  # though the option was given before
+    assert run_to_end(third[:-1]) == 0  # finished, and of the same optimizer
+
+
+def test_a_finished_run_says_so(store, tmp_path, capfd):
+    argv = arguments(store, tmp_path / "run")
+    assert run_to_end(argv) == 0
+    assert "nothing is left" not in capfd.readouterr().out
+    assert run_to_end(argv, quiet=False) == 0
+    assert "nothing is left to train: step 12 of training.max_train_steps=12" in (
+        capfd.readouterr().out
+    )
+
+
 def test_divergence_stops_and_spares_the_checkpoints(store, tmp_path):
     run = tmp_path / "run"
     assert run_to_end(arguments(store, run)) == 0

@@ -21,6 +21,9 @@ def train(run: Run) -> bool:
     """Steps until max_train_steps; False when a signal stopped it (a checkpoint is written)."""
     config, accelerator = run.config, run.accelerator
     total = config.training.max_train_steps
+    if run.step >= total:
+        done = f"step {run.step} of training.max_train_steps={total}"
+        say(accelerator, f"nothing is left to train: {done}; a larger one goes on")
     start_trackers(run)
     log = RunLog(run.path, run.step, total, accelerator) if accelerator.is_main_process else None
     work = step_work(run)

@@ -37,7 +37,7 @@ def find_start(run: Path, wanted: str | None) -> Path | None:
 def resume(run: Run, checkpoint: Path) -> None:
     """Goes to where a checkpoint was written; says which options have changed since.
 
-    Raises ValueError for weights or data that do not fit, or a missing EMA.
+    Raises ValueError for weights, data or an optimizer that do not fit, or a missing EMA.
     """
     metadata, before = read_metadata(checkpoint), OmegaConf.load(checkpoint / "config.yaml")
     assert isinstance(before, DictConfig)
@@ -52,11 +52,18 @@ def resume(run: Run, checkpoint: Path) -> None:
     if run.accelerator.is_main_process:  # the sums of all processes are kept by the first
         run.sums = Sums.from_flat(state["sums"].to(run.accelerator.device))
     experiment, is_same_run = run.config.experiment, checkpoint.parent.samefile(run.path)
-    is_anew = experiment.dont_resume_optimizer and not (
-        is_same_run and before.experiment.get("dont_resume_optimizer")
+    is_other = kind_of(before.optimizer.name) != kind_of(run.config.optimizer.name)
+    is_anew = experiment.dont_resume_optimizer and (
+        is_other or not (is_same_run and before.experiment.get("dont_resume_optimizer"))
     )
     if is_anew:
         say(run.accelerator, "  the optimizer starts anew")
+    elif is_other:
+        raise ValueError(
+            f"{checkpoint} has the state of {before.optimizer.name}, which "
+            f"{run.config.optimizer.name} cannot go on from: give optimizer.name="
+            f"{before.optimizer.name}, or experiment.dont_resume_optimizer=true to start it anew"
+        )
     load_tensors(run, checkpoint, None if is_anew else state["optimizer"])
     if run.ema is not None:
         run.ema.optimization_step = state["ema"]["optimization_step"]
@@ -69,6 +76,11 @@ def resume(run: Run, checkpoint: Path) -> None:
     ):
         say(run.accelerator, f"  the learning rate's schedule starts anew at step {run.step}")
         run.schedule_start = run.step
+
+
+def kind_of(optimizer: str) -> str:
+    """The same for names of optimizers that keep the same state."""
+    return optimizer.removeprefix("fused_")
 
 
 def load_tensors(run: Run, checkpoint: Path, optimizer: dict[str, Any] | None) -> None:
