@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
 import sys
 import textwrap
 import typing
@@ -35,7 +36,7 @@ def load_config(schema: type[Schema], argv: list[str] | None = None) -> Schema:
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(describe(schema))
+        print(describe(schema), flush=True)
         raise SystemExit(0)
     words = [word for word in argv if "=" not in word]
     if words:
@@ -61,13 +62,16 @@ def load_config(schema: type[Schema], argv: list[str] | None = None) -> Schema:
 def load_command_config(schema: type[Schema], argv: list[str] | None, usage: str) -> Schema:
     """load_config for a command line: a ConfigError ends it with one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(textwrap.dedent(usage).strip() + "\n")
     try:
+        if {"-h", "--help"} & set(argv):
+            print(textwrap.dedent(usage).strip() + "\n")
         return load_config(schema, argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # `--help | head` has seen enough; at exit, too, nobody listens
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def open_section(schema: type) -> Any:
@@ -115,8 +119,10 @@ def describe(schema: type) -> str:
 
 def _read_yaml(path: Path) -> Any:
     if not path.is_file():
+        ours = Path(__file__).parent
         near = sorted(path.parent.glob("*.yaml")) if path.parent != Path(".") else []
-        found = ", ".join(map(str, near or sorted(Path(__file__).parent.rglob("*.yaml"))))
+        near = near or sorted(ours.glob(f"{path.parent.name or '*'}/*.yaml"))
+        found = ", ".join(map(str, near or sorted(ours.rglob("*.yaml"))))
         raise ConfigError(f"config={path} does not exist; there are: {found}")
     return OmegaConf.load(path)
 

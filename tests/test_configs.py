@@ -1,5 +1,7 @@
 """The config loader's refusals, and every YAML of the repository loaded by its command's schema."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +97,22 @@ def test_help_teaches(capsys):
         load_config(Outer, ["--help"])
     text = capsys.readouterr().out
     assert "model.hidden_size=8" in text and "How wide." in text and "path=???" in text
+
+
+def test_a_missing_file_names_those_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        load_config(Outer, ["config=configs/train/no.yaml"])
+    assert "configs/train/imagenet.yaml" in str(error.value)
+    assert "configs/tokenize" not in str(error.value)
+
+
+def test_help_into_a_reader_that_leaves():
+    code = "from configs.load import *; from train_stage.config import *; "
+    code += "load_command_config(TrainConfig, ['--help'], '')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
 
 
 def test_dump_loads_again(tmp_path):
