@@ -133,10 +133,17 @@ def test_a_mixture_from_a_file_stopped_and_resumed(store, tmp_path):
 
 def test_a_store_or_a_mixture(store, tmp_path, capfd):
     argv = [f"experiment.output_dir={tmp_path}", *SMALL]
-    assert "dataset.train_store is missing" in refused(argv, capfd)
+    assert "dataset.train_store=… is missing" in refused(argv, capfd)
     both = [*argv, f"dataset.train_store={store}", f"dataset.mixture=[{{store: {store}}}]"]
     with pytest.raises(SystemExit):
         train_main(both)
     assert "not both" in capfd.readouterr().err
     strange = [*argv, f"dataset.train_store={store}", "dataset.filter=clas_id > 3"]
     assert "there is class_id" in refused(strange, capfd)
+
+
+def test_soft_targets_that_are_not_stored(store, tmp_path, capfd):
+    argv = [f"dataset.train_store={store}", f"experiment.output_dir={tmp_path}/run", *SMALL]
+    message = refused([*argv, "training.soft_targets=stored"], capfd)
+    for words in ("has no topk_codes", "model.vq_model.topk", "soft_targets=recomputed"):
+        assert words in message

@@ -180,6 +180,12 @@ def test_a_mask_ratio_out_of_range_is_refused(store, tmp_path, capfd):
     assert "training.eval_mask_ratios=2.0: legal are 0 to 1" in capfd.readouterr().err
 
 
+def test_mask_ratios_without_rows_to_validate_on_are_refused(store, tmp_path, capfd):
+    argv = [f"dataset.train_store={store}", f"experiment.output_dir={tmp_path / 'run'}", *SMALL]
+    assert train_main([*argv, "training.eval_mask_ratios=[0.5]"]) == 2
+    assert "eval_mask_ratios need dataset.eval_store" in capfd.readouterr().err
+
+
 def test_wandb_keeps_its_run_and_gets_the_pictures(store, tmp_path):
     options = ["wandb.mode=offline", "experiment.generate_every=6"]
     train(store, tmp_path / "run", *options, "training.max_train_steps=6")

@@ -22,7 +22,7 @@ def open_sources(config: TrainConfig) -> list[Source]:
     if data.train_store is not None:
         return [Source(open_store(config, data.train_store), filter=data.filter)]
     if not data.mixture:
-        raise ConfigError("dataset.train_store is missing: the token store to train on")
+        raise ConfigError("dataset.train_store=… is missing: the store that muse-tokenize made")
     return [
         Source(open_store(config, entry.store), entry.weight, entry.repeat, entry.filter)
         for entry in data.mixture
@@ -91,6 +91,8 @@ def make_eval_loader(
 ) -> TokenLoader | None:
     """A loader over the evaluation store: same tokenizer, same grid, same classes and columns."""
     if config.dataset.eval_store is None:
+        if config.training.eval_mask_ratios:
+            raise ConfigError("training.eval_mask_ratios need dataset.eval_store to validate on")
         return None
     other, column = open_store(config, config.dataset.eval_store), config.dataset.codes_column
     ours, theirs = tokenizer_of(store.meta, column), tokenizer_of(other.meta, column)

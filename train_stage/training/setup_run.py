@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from configs.load import dump_config
+from configs.load import ConfigError, dump_config
 from storage.atomic import atomic_file
+from storage.reader import TokenStore
 from train_stage.conditioning.conditioner import Conditioner, make_prompt_encoder
 from train_stage.config import TrainConfig
 from train_stage.loading.loader import Source
@@ -74,7 +75,7 @@ def set_up(config: TrainConfig) -> Run:
     conditioner = None
     if encoder is not None:
         conditioner = Conditioner(encoder, config.model, store, is_uvit, device)
-    columns = columns_of(config, conditioner)
+    columns = columns_of(config, store, conditioner)
     most = config.experiment.max_train_examples
     loader = make_loader(config, sources, global_batch, accelerator, most, columns)
     loss_module = place(make_loss(config, model, tokenizer, device), accelerator, config.training)
@@ -120,10 +121,17 @@ def say_missing(accelerator: Accelerator, sources: list[Source]) -> None:
             say(accelerator, f"warning: {source.store.path} lacks {len(missing)} shards")
 
 
-def columns_of(config: TrainConfig, conditioner: Conditioner | None) -> list[str]:
-    """What the loader reads beside codes and classes."""
+def columns_of(
+    config: TrainConfig, store: TokenStore, conditioner: Conditioner | None
+) -> list[str]:
+    """What the loader reads beside codes and classes. Raises ConfigError for no soft codes."""
     targets = config.training.soft_targets == "stored"
     columns = topk_columns(config.dataset.codes_column) if targets else ()
+    if lacking := [name for name in columns if name not in store.meta.arrays]:
+        raise ConfigError(
+            f"training.soft_targets=stored: {store.path} has no {lacking[0]}; muse-tokenize with "
+            "model.vq_model.topk=… makes it, and soft_targets=recomputed needs none"
+        )
     return [*columns, *(conditioner.columns if conditioner else ())]
 
 
