@@ -49,7 +49,8 @@ def test_the_average_of_checkpoints(run, tmp_path, words, shares):
 
 def test_one_checkpoint_is_no_average(run, tmp_path, capsys):
     assert main([f"run={run}", f"output={tmp_path}/model", "last=1"]) == 2
-    assert "an average needs 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "an average needs 2" in said and "checkpoints_total_limit=null" in said
 
 
 def test_a_moving_average_of_one_is_it():

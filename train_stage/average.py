@@ -60,7 +60,8 @@ def average_checkpoints(config: AverageConfig) -> Path:
         raise FileNotFoundError(f"{lacking[0]} is missing: only whole checkpoints can be averaged")
     if len(folders) < 2:
         raise FileNotFoundError(
-            f"{config.run} holds {len(folders)} checkpoints: an average needs 2"
+            f"{config.run}: an average needs 2 checkpoints or more, not {len(folders)}; smaller "
+            "experiment.save_every make more, experiment.checkpoints_total_limit=null keeps all"
         )
     print(f"averaging {', '.join(path.name for path in checkpoints)}")
     model = load_transformer(folders[-1])

@@ -5,6 +5,7 @@ safetensors format (no pickle), read by any number of processes. Tensors are cal
 ema.NAME, and optimizer.PLACE by their place in the optimizer's state_dict.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def load_shards(run: Run, folder: Path, rest: dict[str, Any] | None) -> None:
         size = tuple(found[name].size) if name in found else "not there"
         if size != tuple(tensor.shape):
             raise ValueError(f"{folder}: {name} is {size}, the run has {tuple(tensor.shape)}")
-    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():  # which it says of one process even when it is told
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
     if rest is not None:
         run.optimizer.load_state_dict(with_shards(rest, "optimizer", wanted))
 
