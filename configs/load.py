@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -229,8 +229,10 @@ def _field_docs(schema: type) -> dict[str, str]:
     return docs
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises ValueError, naming the key, for a value outside [low, high]."""
+def check_range(name: str, value: float | None, low: float, high: float = float("inf")) -> None:
+    """Raises ValueError, naming the key, for a value outside [low, high]; none is in any."""
+    if value is None or value == MISSING:
+        return
     if not low <= value <= high:
         legal = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
         raise ValueError(f"{name}={value}: legal are {legal}")

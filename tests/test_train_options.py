@@ -147,3 +147,21 @@ def test_soft_targets_that_are_not_stored(store, tmp_path, capfd):
     message = refused([*argv, "training.soft_targets=stored"], capfd)
     for words in ("has no topk_codes", "model.vq_model.topk", "soft_targets=recomputed"):
         assert words in message
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "experiment.max_train_examples=0", "generation.images_per_class=0",
+        "generation.timesteps=0", "training.gradient_accumulation_steps=0",
+        "lr_scheduler.params.warmup_steps=-5", "lr_scheduler.params.num_cycles=0",
+        "optimizer.params.beta2=1.5", "optimizer.params.learning_rate=-1.0",
+        "optimizer.params.weight_decay=-1.0", "training.ema.decay=2.0",
+        "training.ema.update_every=0", "training.global_batch_size=0",
+        "training.max_grad_norm=-1.0", "training.max_train_steps=0",
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused_by_name(capfd, word):
+    with pytest.raises(SystemExit):
+        train_main(["experiment.output_dir=nowhere", *SMALL, word])
+    assert capfd.readouterr().err.startswith(f"error: {word}: legal are ")

@@ -35,10 +35,8 @@ class AverageConfig:
     """Of the moving average: what each checkpoint leaves of those before; null: a plain mean."""
 
     def __post_init__(self) -> None:
-        if self.last is not None:
-            check_range("last", self.last, 1)
-        if self.decay is not None:
-            check_range("decay", self.decay, 0, 1)
+        check_range("last", self.last, 1)
+        check_range("decay", self.decay, 0, 1)
 
 
 def main(argv: list[str] | None = None) -> int:

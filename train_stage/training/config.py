@@ -67,8 +67,8 @@ class ExperimentConfig:
         check_range("experiment.log_every", self.log_every, 1)
         for name in ("save_every", "save_every_minutes", "grace_s", "eval_every", "generate_every"):
             check_range(f"experiment.{name}", getattr(self, name), 0)
-        if self.checkpoints_total_limit is not None:
-            check_range("experiment.checkpoints_total_limit", self.checkpoints_total_limit, 1)
+        for name in ("checkpoints_total_limit", "max_train_examples"):
+            check_range(f"experiment.{name}", getattr(self, name), 1)
 
 
 @dataclass
@@ -85,6 +85,12 @@ class OptimizerParams:
     """Decoupled weight decay; not on biases, norms and embeddings."""
     epsilon: float = 1e-8
     """Added to AdamW's denominator."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "epsilon"):
+            check_range(f"optimizer.params.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            check_range(f"optimizer.params.{name}", getattr(self, name), 0, 1)
 
 
 @dataclass
@@ -106,6 +112,10 @@ class LRSchedulerParams:
     """Exponent of polynomial."""
     decay_steps: int | None = None
     """Last steps of warmup_stable_decay, in which the rate falls to 0; null: a fifth of all."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"warmup_steps": 0, "num_cycles": 1, "decay_steps": 0}.items():
+            check_range(f"lr_scheduler.params.{name}", getattr(self, name), least)
 
 
 @dataclass
@@ -131,6 +141,11 @@ class EMAConfig:
     """See use_ema_warmup."""
     power: float = 2 / 3
     """See use_ema_warmup."""
+
+    def __post_init__(self) -> None:
+        check_range("training.ema.update_every", self.update_every, 1)
+        for name in ("decay", "min_decay"):
+            check_range(f"training.ema.{name}", getattr(self, name), 0, 1)
 
 
 @dataclass
@@ -181,8 +196,10 @@ class TrainingConfig(ObjectiveFields):
     """Validation losses at these mask ratios, each by itself, as in [0.2,0.5,0.8]."""
 
     def __post_init__(self) -> None:
-        check_range("training.batch_size", self.batch_size, 1)
+        for name in ("max_train_steps", "batch_size", "global_batch_size"):
+            check_range(f"training.{name}", getattr(self, name), 1)
         check_range("training.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        check_range("training.max_grad_norm", self.max_grad_norm, 0)
         for ratio in self.eval_mask_ratios:
             check_range("training.eval_mask_ratios", ratio, 0, 1)
         super().__post_init__()
@@ -202,6 +219,10 @@ class GenerationConfig:
     """Scale of the noise in the order of unmasking."""
     timesteps: int = 18
     """Decoding steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_class", "classes", "timesteps"):
+            check_range(f"generation.{name}", getattr(self, name), 1)
 
 
 def split_batch(config: TrainingConfig, processes: int) -> tuple[int, int]:
