@@ -1,6 +1,6 @@
 """A store, or the rows of it that pass a filter -> files for other tools.
 
-    export_rows(TokenStore("store"), Path("out"), "webdataset", parse_filter("aesthetic_score >= 6"))
+    export_rows(TokenStore("store"), Path("out"), "webdataset", parse_filter("nsfw_score < 0.1"))
 
 webdataset  FOLDER/<shard or 000000>.tar: ROW.<array column>.npy, ROW.cls, ROW.txt (caption),
             ROW.json (all of the table that is not null); ROW is the row's number in the store.
