@@ -142,6 +142,9 @@ def test_a_run_that_has_only_begun_is_not_judged_yet(tmp_path):
     assert found["fall"].level == found["mask ratios"].level == found["validation"].level == "-"
     assert "running, about 24:58 h left" in found["progress"].found
     assert report_main([str(folder)]) == 0
+    first = json.dumps(json.loads(lines[0]) | {"data_wait": 0.2})  # which waits for the first batch
+    (folder / "metrics.jsonl").write_text(first + "\n")
+    assert findings_of(folder)["data wait"].level == "-"
 
 
 def test_the_picture_the_verdict_and_the_exit_status(tmp_path, capsys):

@@ -217,6 +217,8 @@ def data_wait(h: History) -> Finding | None:
     if not len(waits):
         return None
     wait = float(np.median(waits))
+    if len(waits) < 2:  # it may be that of the first batch
+        return Finding("data wait", "-", f"{wait:.2%} of the time in the one log line")
     level: Level = "ok" if wait < 0.005 else "look" if wait < 0.05 else "bad"
     advice = "dataset.preload=ram or gpu, the store on a local disk, a larger batch"
     found = f"{wait:.2%} of the time, at worst {waits.max():.2%}"
