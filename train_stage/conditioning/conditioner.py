@@ -39,8 +39,8 @@ def make_prompt_encoder(
     kept = None if config.class_prompt is not None else store
     if config.class_prompt is not None and not store.meta.transform.get("class_names"):
         raise ConfigError(
-            f"model.class_prompt: {store.path} does not know the names of its classes; muse-tokenize "
-            "notes those of class folders, and of dataset.class_index"
+            f"model.class_prompt: {store.path} does not know the names of its classes; "
+            "muse-tokenize notes those of class folders, and of dataset.class_index"
         )
     chosen = {name: choose_source(name, c, kept) for name, c in config.text_encoders.items()}
     sources = [TextSource(name, record, wants_pooled, device) for name, record in chosen.items()]

