@@ -1,4 +1,4 @@
-"""muse-demo-text: text to image on emoji of four styles, in a quarter of an hour on two CPU cores.
+"""muse-demo-text: text to image on emoji of four styles, in twenty minutes on two CPU cores.
 
     muse-demo-text [guidance_scale=4]       (`make demo-text` installs first, then runs this)
 
