@@ -32,6 +32,7 @@ from train_stage.config import TrainConfig
 from train_stage.convert import ConvertConfig
 from train_stage.demo import DemoConfig
 from train_stage.evaluate import EvaluateConfig
+from train_stage.evaluate import main as muse_evaluate
 from train_stage.generate import GenerateConfig
 from train_stage.generate import main as muse_generate
 from train_stage.models.sizes import size_table
@@ -51,6 +52,11 @@ SCHEMAS = {
     "muse-evaluate": EvaluateConfig,
     "muse-convert": ConvertConfig,
     "muse-demo": DemoConfig,
+}
+SUBCOMMANDS = {
+    "muse-train report": muse_train,
+    "muse-train average": muse_train,
+    "muse-evaluate captions": muse_evaluate,
 }
 STAGE_ONE = {  # of muse-tokenize's commands that take options
     "encode": TokenizeConfig,
@@ -183,10 +189,10 @@ def test_commands_have_these_options(command, monkeypatch, capsys):
         assert stop.value.code == 0
         return
     schema = SCHEMAS.get(name)
-    if name == "muse-train" and words and words[0] in ("report", "average"):
+    if " ".join([name, *words[:1]]) in SUBCOMMANDS:
         with suppress(SystemExit):
-            assert muse_train([words[0], "--help"]) == 0
-        assert f"muse-train {words[0]}" in capsys.readouterr().out
+            assert SUBCOMMANDS[f"{name} {words[0]}"]([words[0], "--help"]) == 0
+        assert f"{name} {words[0]}" in capsys.readouterr().out
         return
     if name == "muse-tokenize" and words and "=" not in words[0]:
         schema = STAGE_ONE.get(words[0])
